@@ -1,0 +1,144 @@
+"""Folders that appear whole or not at all.
+
+A folder is built under a scratch name beside its target, flushed to disk and renamed; the rename is atomic, so the target's
+name never leads to something half-written, whatever kills the process. The scratch folder is locked while its owner
+lives: one that can be locked is left over from a dead run and is removed by the next.
+"""
+
+import ctypes
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from .errors import OutputError
+
+SCRATCH_SUFFIX = ".partial"
+_AT_FDCWD = -100  # linux/fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+@contextmanager
+def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
+    """A scratch folder to fill; it becomes `target` when the block ends without an error and vanishes otherwise.
+
+    With `overwrite` an existing target is exchanged for the new folder in one step, provided that it holds a file named
+    `marker`, so that a slip of the fingers cannot remove a folder that this program did not write.
+
+    Raises:
+        OutputError: the target is in use, or cannot be created, flushed or renamed.
+    """
+    check_target(target, overwrite=overwrite, marker=marker)
+    created_parents = _missing_parents(target.parent)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead_scratch(target)
+        scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}"
+        scratch.mkdir()  # the mode follows the umask, unlike mkdtemp's
+        lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(f"{target} cannot be created: {error.strerror or error}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield scratch
+            _flush(scratch, lock)
+            check_target(target, overwrite=overwrite, marker=marker)  # it may have appeared meanwhile
+            _publish(scratch, target)
+        except OSError as error:
+            if isinstance(error, OutputError):
+                raise
+            raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for parent in created_parents:
+            with suppress(OSError):  # not ours alone if it is not empty
+                parent.rmdir()
+        raise
+    finally:
+        os.close(lock)
+
+
+def check_target(target: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
+    """Raises OutputError unless a folder may be published under this name."""
+    if target.is_symlink():
+        raise OutputError(f"{target} is a link; give the name of a folder, or remove the link")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise OutputError(f"{target} is a file; expected a folder or a new name")
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise OutputError(f"{target} is not empty; choose another name, or replace it with --overwrite")
+    if marker is not None and not (target / marker).is_file():
+        raise OutputError(f"{target} holds no {marker}, so it is not an output of this program; remove it yourself")
+
+
+def remove_dead_scratch(target: Path) -> list[Path]:
+    """Removes scratch folders of runs that died while building `target`; returns what was removed."""
+    removed = []
+    for scratch in sorted(target.parent.glob(f".{_escape(target.name)}.*{SCRATCH_SUFFIX}")):
+        with suppress(OSError):  # locked: its owner lives
+            descriptor = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(scratch)
+                removed.append(scratch)
+            finally:
+                os.close(descriptor)
+    return removed
+
+
+def _missing_parents(folder: Path) -> list[Path]:
+    """The folders that have to be created for `folder` to exist, deepest first."""
+    missing = []
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    return missing
+
+
+def _flush(folder: Path, descriptor: int) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.stat().st_nlink == 1:  # what is linked was on disk before
+            file = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(file)
+            finally:
+                os.close(file)
+    os.fsync(descriptor)
+
+
+def _publish(scratch: Path, target: Path) -> None:
+    try:
+        os.rename(scratch, target)  # also onto an empty folder
+    except OSError:
+        if not target.is_dir():
+            raise
+        _exchange(scratch, target)
+        shutil.rmtree(scratch, ignore_errors=True)  # now the old content
+    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+
+
+def _exchange(one: Path, two: Path) -> None:
+    """Swaps two names in one step where the system can (Linux renameat2), in two renames otherwise."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 and renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) == 0:
+        return
+    aside = one.with_name(f"{one.name}.old{SCRATCH_SUFFIX}")
+    os.rename(two, aside)
+    os.rename(one, two)
+    os.rename(aside, one)
+
+
+def _escape(name: str) -> str:
+    """`name` with glob's special characters made literal."""
+    return "".join(f"[{char}]" if char in "*?[" else char for char in name)

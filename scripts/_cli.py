@@ -1,0 +1,123 @@
+"""What all scripts share: options, logging, progress bars, and one line instead of a traceback."""
+
+import argparse
+import logging
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from _checkout import ROOT
+
+from merge.errors import MergeError
+from merge.source import Source, resolve
+
+CONFIGS = ROOT / "configs"
+
+
+class UsageError(Exception):
+    """The options contradict each other; exit status 2."""
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """An argument parser with examples under --help and the options that every script has."""
+    result = argparse.ArgumentParser(
+        description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    noise = result.add_argument_group("messages (on stderr; results are on stdout)")
+    noise.add_argument("-v", "--verbose", action="count", default=0, help="more messages, tracebacks; -vv: everything")
+    noise.add_argument("-q", "--quiet", action="store_true", help="results and errors only")
+    return result
+
+
+def add_model_options(result: argparse.ArgumentParser, default: str) -> None:
+    """--model and --revision."""
+    group = result.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="ID_OR_DIR",
+        help="a Hub id, a folder, a .gguf file, or tiny:NAME for a random twin of configs/models/NAME.json "
+        f"(default: {default})",
+    )
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hub repository (default: main)")
+
+
+def find_model(spec: str, arguments: argparse.Namespace, *, headers_only: bool = False) -> Source:
+    """The source that --model or its default names."""
+    return resolve(spec, revision=arguments.revision, configs=CONFIGS, headers_only=headers_only)
+
+
+def bar(description: str, quiet: bool) -> Callable[[int], Callable[[int], None]]:
+    """A progress bar in bytes on stderr; none where stderr is no terminal or HF_HUB_DISABLE_PROGRESS_BARS is set."""
+
+    def start(total: int) -> Callable[[int], None]:
+        from huggingface_hub.utils import tqdm
+
+        progress = tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=True if quiet else None, leave=False)
+
+        def advance(done: int) -> None:
+            progress.update(done)
+            if progress.n >= total:
+                progress.close()
+
+        return advance
+
+    return start
+
+
+def run(main: Callable[[argparse.Namespace], int | None], result: argparse.ArgumentParser) -> NoReturn:
+    """Parses the command line, runs `main`, and ends the process: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+    arguments = result.parse_args()
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(arguments.verbose, 2)]
+    logging.basicConfig(format="%(message)s", level=logging.ERROR if arguments.quiet else level, stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "httpcore", "filelock", "urllib3", "fsspec", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING if arguments.verbose < 2 else logging.DEBUG)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if arguments.verbose > 1 else "error")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        sys.exit(main(arguments) or 0)
+    except UsageError as error:
+        result.error(str(error))
+    except MergeError as error:
+        _end(arguments, f"error: {_one_line(error)}", 1)
+    except (KeyboardInterrupt, _TerminatedError) as error:
+        _end(arguments, "stopped; nothing was written", 143 if isinstance(error, _TerminatedError) else 130)
+    except BrokenPipeError:  # the reader of our output left: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except MemoryError:
+        _end(arguments, "error: out of memory", 1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _end(arguments, f"error: {where}{error.strerror or _one_line(error)}", 1)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM, so that what is half-written is removed on the way out."""
+
+
+def _terminate(signum: int, frame: Any) -> NoReturn:
+    raise _TerminatedError
+
+
+def _end(arguments: argparse.Namespace, message: str, status: int) -> NoReturn:
+    if arguments.verbose:
+        logging.exception(message)
+    else:
+        print(message, file=sys.stderr)
+    sys.exit(status)
+
+
+def _one_line(error: BaseException) -> str:
+    return re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
+
+
+def relative(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
