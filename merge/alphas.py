@@ -73,10 +73,12 @@ def alphas_to_dict(alphas: Alphas) -> dict[str, Any]:
     }
 
 
-def plan_from_alphas(alphas: Alphas, num_hidden_layers: int | None = None, **options: str) -> Plan:
+def plan_from_alphas(
+    alphas: Alphas, num_hidden_layers: int | None = None, *, tensors: str = "projections", arithmetic: str = "float32"
+) -> Plan:
     """The plan that alphas amount to for a model with `num_hidden_layers` layers (default: what the file says).
 
-    `options` are `tensors` and `arithmetic` of the plan.
+    `tensors` and `arithmetic` are those of the plan (`plan.TENSOR_MODES`, `plan.ARITHMETICS`).
 
     Raises:
         PlanError: the layer count is unknown, differs from the file's, or does not fit the steps.
@@ -90,7 +92,16 @@ def plan_from_alphas(alphas: Alphas, num_hidden_layers: int | None = None, **opt
             "use alphas made for this model"
         )
     rows = compose(alphas.steps, layers)
-    return Plan(rows, layers, name=alphas.name, method="alphas", steps=alphas.steps, model=alphas.model, **options)
+    return Plan(
+        rows,
+        layers,
+        name=alphas.name,
+        method="alphas",
+        tensors=tensors,
+        arithmetic=arithmetic,
+        steps=alphas.steps,
+        model=alphas.model,
+    )
 
 
 def _from_list(data: list[Any], name: str) -> Alphas:

@@ -135,12 +135,12 @@ def execute(
 
 def read_vector(blueprint: Blueprint, tensor: Tensor) -> "torch.Tensor":
     """A small tensor (a norm weight) as the factor that the model multiplies by, in its compute dtype."""
-    torch = importlib.import_module("torch")
     raw = bytearray(tensor.nbytes)
     with blueprint.checkpoint.path(tensor).open("rb") as file:
         _read(file.fileno(), memoryview(raw), tensor.start, blueprint.checkpoint.path(tensor))
-    stored: torch.Tensor = torch.frombuffer(raw, dtype=torch_dtype(FLOATS[tensor.dtype]))
-    return stored.to(torch_dtype(compute_dtype(tensor.dtype))) + blueprint.norm_offset
+    stored = importlib.import_module("torch").frombuffer(raw, dtype=torch_dtype(FLOATS[tensor.dtype]))
+    factor: torch.Tensor = stored.to(torch_dtype(compute_dtype(tensor.dtype))) + blueprint.norm_offset
+    return factor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

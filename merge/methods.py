@@ -47,7 +47,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def plan_from_method(method: str, num_hidden_layers: int, layers: int, **options: str) -> Plan:
+def plan_from_method(method: str, num_hidden_layers: int, layers: int, *, tensors: str = "projections") -> Plan:
     """The plan of a method in METHODS that removes `layers` of `num_hidden_layers` layers.
 
     Raises:
@@ -58,10 +58,10 @@ def plan_from_method(method: str, num_hidden_layers: int, layers: int, **options
     if not 1 <= layers < num_hidden_layers:
         raise PlanError(f"cannot remove {layers} of {num_hidden_layers} layers; expected 1 to {num_hidden_layers - 1}")
     rows = METHODS[method](num_hidden_layers, layers)
-    return Plan(rows, num_hidden_layers, name=f"{method}-{layers}", method=method, **options)
+    return Plan(rows, num_hidden_layers, name=f"{method}-{layers}", method=method, tensors=tensors)
 
 
-def plan_dropping(removed: Collection[int], num_hidden_layers: int, **options: str) -> Plan:
+def plan_dropping(removed: Collection[int], num_hidden_layers: int) -> Plan:
     """The plan that drops exactly the layers named.
 
     Raises:
@@ -77,7 +77,7 @@ def plan_dropping(removed: Collection[int], num_hidden_layers: int, **options: s
     if not rows:
         raise PlanError(f"cannot remove all {num_hidden_layers} layers")
     name = "drop-" + "-".join(str(layer) for layer in sorted(removed))
-    return Plan(rows, num_hidden_layers, name=name, method="drop", **options)
+    return Plan(rows, num_hidden_layers, name=name, method="drop")
 
 
 def _collapse(window: range, mix: dict[int, float]) -> tuple[Row, ...]:

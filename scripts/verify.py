@@ -33,7 +33,8 @@ def main(arguments: argparse.Namespace) -> None:
     print(
         f"{arguments.folder} is what its plan says: "
         f"{found.num_kept:,} tensors are bit-identical to the source, "
-        f"{found.num_mixed:,} recomputed and equal ({found.bytes_compared / 1e9:.3f} GB in {time.perf_counter() - started:.1f} s)"
+        f"{found.num_mixed:,} recomputed and equal "
+        f"({found.bytes_compared / 1e9:.3f} GB in {time.perf_counter() - started:.1f} s)"
     )
     if found.mixed_elements:
         share = found.correctly_rounded / found.mixed_elements

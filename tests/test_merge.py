@@ -23,22 +23,22 @@ ALPHAS = (0.7, 0.45, 0.6)
 
 
 def by_method(method):
-    return lambda layers, **options: plan_from_method(method, layers, REMOVED, **options)
+    return lambda layers: plan_from_method(method, layers, REMOVED)
 
 
 def by_alphas(layers, **options):
     return plan_from_alphas(Alphas(chain(ALPHAS, layers), "test"), layers, **options)
 
 
-def scattered(layers, **options):
+def scattered(layers):
     """Two separate pairs in the middle, so that layers above them are renumbered."""
     steps = (Step(2, 3, 0.8), Step(7, 8, 0.3))
-    return plan_from_alphas(Alphas(steps, "scattered"), layers, **options)
+    return plan_from_alphas(Alphas(steps, "scattered"), layers)
 
 
 PLANS = {
     **{method: by_method(method) for method in METHODS},
-    "drop": lambda layers, **options: plan_dropping([1, 5, 6], layers, **options),
+    "drop": lambda layers: plan_dropping([1, 5, 6], layers),
     "alphas": by_alphas,
     "alphas, all": lambda layers: by_alphas(layers, tensors="all"),
     "alphas, fold-norms": lambda layers: by_alphas(layers, tensors="fold-norms"),
