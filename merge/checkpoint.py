@@ -307,10 +307,10 @@ def _split_layers(
     if len(stacks) != 1:
         listed = ", ".join(stacks) or "none"
         raise CheckpointError(f"{folder}: expected one stack of layers such as 'model.layers', found {listed}")
-    missing = [layer for layer in range(count) if layer not in found]
-    extra = sorted(layer for layer in found if layer >= count)
-    if missing or extra:
-        what = f"layer {missing[0]} is missing" if missing else f"layer {extra[0]} is extra"
+    missing = next((layer for layer in range(count) if layer not in found), None)  # count may be any number
+    extra = min((layer for layer in found if layer >= count), default=None)
+    if missing is not None or extra is not None:
+        what = f"layer {extra} is extra" if missing is None else f"layer {missing} is missing"
         raise CheckpointError(
             f"{folder}: config.json declares {count} layers but the weights hold {len(found)} ({what}); "
             "config and weights are of different models"

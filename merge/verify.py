@@ -251,7 +251,8 @@ def _ulp(values: npt.NDArray[np.float64], dtype: str) -> npt.NDArray[np.float64]
     """The distance between neighbouring numbers of `dtype` around `values`."""
     smallest = {"BF16": -133, "F16": -24, "F32": -149, "F64": -1074}[dtype]
     _, exponent = np.frexp(values)
-    return np.asarray(np.ldexp(1.0, np.maximum(exponent - 1 - MANTISSA_BITS[dtype], smallest)))
+    exponent = np.where(values == 0, smallest, exponent - 1 - MANTISSA_BITS[dtype])
+    return np.asarray(np.ldexp(1.0, np.maximum(exponent, smallest)))
 
 
 def _pread(file: int, size: int, start: int) -> bytes:

@@ -1,0 +1,136 @@
+"""Folders appear whole or not at all."""
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+from tiny import ROOT
+
+from merge import publish
+from merge.errors import OutputError
+from merge.publish import new_folder
+
+
+def build(target, text="new", **options):
+    with new_folder(target, **options) as scratch:
+        (scratch / "file").write_text(text)
+        (scratch / "plan.json").write_text("{}")
+        assert not (target / "file").exists() or (target / "file").read_text() != text
+
+
+def names(folder):
+    return sorted(os.listdir(folder))
+
+
+def test_appears_whole(tmp_path):
+    build(tmp_path / "a" / "b")
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["b"]
+    assert (tmp_path / "a" / "b" / "file").read_text() == "new"
+
+
+def test_nothing_after_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a" / "b") as scratch:
+        raise ZeroDivisionError((scratch / "file").write_text("x"))
+    assert names(tmp_path) == []
+
+
+def test_parents_that_were_there_stay(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "a" / "b"):
+        raise ZeroDivisionError
+    assert names(tmp_path) == ["a"]
+
+
+def test_an_empty_folder_is_a_free_name(tmp_path):
+    (tmp_path / "out").mkdir()
+    build(tmp_path / "out")
+    assert names(tmp_path / "out") == ["file", "plan.json"]
+
+
+@pytest.mark.parametrize("system_call", [True, False])
+def test_overwrite_exchanges(system_call, tmp_path, monkeypatch):
+    if not system_call:
+        monkeypatch.setattr(publish.ctypes, "CDLL", lambda *arguments, **options: object())
+    build(tmp_path / "out", "old")
+    (tmp_path / "out" / "stale").write_text("x")
+    build(tmp_path / "out", "new", overwrite=True, marker="plan.json")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["file", "plan.json"]
+
+
+def test_overwrite_that_fails_keeps_the_old(tmp_path):
+    build(tmp_path / "out", "old")
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "out", overwrite=True, marker="plan.json"):
+        raise ZeroDivisionError
+    assert (tmp_path / "out" / "file").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_overwrite_takes_only_its_own(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(OutputError, match=r"holds no plan\.json"):
+        build(tmp_path / "out", overwrite=True, marker="plan.json")
+    assert names(tmp_path / "out") == ["precious"]
+
+
+def test_name_taken_meanwhile(tmp_path):
+    """Somebody else writes the target while we build: theirs stays, ours goes."""
+    context = new_folder(tmp_path / "out")
+    context.__enter__()
+    build(tmp_path / "out", "theirs")
+    with pytest.raises(OutputError, match="not empty"):
+        context.__exit__(None, None, None)
+    assert (tmp_path / "out" / "file").read_text() == "theirs"
+    assert names(tmp_path) == ["out"]
+
+
+def test_scratch_of_the_living_is_left_alone(tmp_path):
+    with new_folder(tmp_path / "one") as first:
+        for _ in range(2):
+            assert publish.remove_dead_scratch(tmp_path / "one") == []
+        assert first.is_dir()
+    assert names(tmp_path) == ["one"]
+
+
+def test_scratch_of_the_dead_is_removed(tmp_path):
+    code = (
+        "import os, pathlib, sys; from merge.publish import new_folder\n"
+        "with new_folder(pathlib.Path(sys.argv[1])) as scratch:\n"
+        "    (scratch / 'file').write_text('half'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "o*t")], cwd=ROOT)
+    assert len(names(tmp_path)) == 1
+    build(tmp_path / "other")
+    assert len(names(tmp_path)) == 2  # another target's scratch is not ours to remove
+    build(tmp_path / "o*t")
+    assert names(tmp_path) == ["o*t", "other"]
+
+
+def test_modes_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        build(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+    assert stat.S_IMODE((tmp_path / "out" / "file").stat().st_mode) == 0o640
+
+
+def test_failing_flush_is_an_error(tmp_path, monkeypatch):
+    def fails(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(publish.os, "fsync", fails)
+    with pytest.raises(OutputError, match="cannot be written: Input/output error"):
+        build(tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_parent_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="cannot be created"):
+        build(tmp_path / "file" / "out")
