@@ -103,9 +103,9 @@ def merge_checkpoint(
         if blueprint.index:
             _write_json(scratch / INDEX_FILE, blueprint.index)
         _write_json(scratch / PLAN_FILE, plan_to_dict(plan))
-        card = model_card(blueprint, source.model or base_model, source.revision, command)
+        card = model_card(blueprint, source.model or base_model, source.revision, command, source.name)
         (scratch / "README.md").write_text(card, encoding="utf-8")
-        traffic = execute(blueprint, scratch, runtime, progress(blueprint.bytes_to_write), meanwhile)
+        traffic = execute(blueprint, scratch, runtime, progress(blueprint.bytes_to_compute), meanwhile)
         if header_hashes(source.checkpoint()) != header_hashes(checkpoint):
             raise CheckpointError(f"{checkpoint.folder} was changed while it was read; run again")
         report = Report(

@@ -135,6 +135,11 @@ class Blueprint:
         return sum(shard.nbytes + len(shard.header) for shard in self.shards if shard.linked_to is None)
 
     @property
+    def bytes_to_compute(self) -> int:
+        """Size of the tensors that are copied or summed: what a progress bar counts."""
+        return sum(shard.nbytes for shard in self.shards if shard.linked_to is None)
+
+    @property
     def bytes_to_read(self) -> int:
         """Size of the source tensors that have to be read, once for each use."""
         used = [term for shard in self.shards if shard.linked_to is None for out in shard.outputs for term in out.terms]
@@ -182,6 +187,8 @@ def make_blueprint(
     if attention and not allow_mixed_attention:
         more = f" (and {len(attention) - 1} more)" if len(attention) > 1 else ""
         raise PlanError(f"{attention[0]}{more}; to do it all the same, give --allow-mixed-attention")
+    if dtype != "auto" and checkpoint.quantised:
+        raise PlanError(f"{checkpoint.folder}: quantised weights cannot be converted to {dtype}; use --dtype auto")
     family = FAMILIES.get(checkpoint.model_type)
     _check_mode(plan, checkpoint)
 

@@ -8,13 +8,16 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from .blueprint import Blueprint
-from .plan import ARITHMETICS, TENSOR_MODES, Plan, Row, effective_layers
+from .plan import ARITHMETICS, TENSOR_MODES, Mix, Plan, Row, effective_layers
 
 HANDED_ON = ("license", "license_name", "license_link", "language", "pipeline_tag", "extra_gated_prompt")
 
 
-def model_card(blueprint: Blueprint, base_model: str | None, revision: str | None, command: str) -> str:
-    """The text of README.md; licence and language are carried over from the source's own card."""
+def model_card(blueprint: Blueprint, base_model: str | None, revision: str | None, command: str, name: str) -> str:
+    """The text of README.md; licence and language are carried over from the source's own card.
+
+    `name` is what to call the source in words; `base_model` its Hub id, None where it has none.
+    """
     source = _source_metadata(blueprint.checkpoint.folder / "README.md")
     handed_on = {key: source[key] for key in HANDED_ON if key in source}
     data = ModelCardData(
@@ -25,15 +28,17 @@ def model_card(blueprint: Blueprint, base_model: str | None, revision: str | Non
         **handed_on,
     )
     plan = blueprint.plan
-    of = base_model or "a local model"
+    converted = any(not output.kept and not output.mixed for output in blueprint.outputs)
+    rest = f"Everything else is the source's, {'converted in dtype.' if converted else 'bit for bit.'}"
     body = [
-        f"# {of.rpartition('/')[2]}, {plan.num_hidden_layers} -> {len(plan.rows)} layers ({plan.name or plan.method})",
-        f"Made by layerfuse out of the layers of {_linked(base_model)}{f' at revision `{revision}`' if revision else ''}: "
-        f"{blueprint.num_parameters:,} parameters in {len(plan.rows)} of {plan.num_hidden_layers} layers.",
+        f"# {name}, {plan.num_hidden_layers} -> {len(plan.rows)} layers ({plan.name or plan.method})",
+        f"Made by layerfuse out of the layers of {_linked(base_model, name)}"
+        f"{f' at revision `{revision}`' if revision else ''}: {blueprint.num_parameters:,} parameters in {len(plan.rows)} of "
+        f"{plan.num_hidden_layers} layers.",
         "## What was done",
         "\n".join(f"- {line}" for line in plan_in_words(plan)),
         f"Mixed tensors (`{plan.tensors}`): {TENSOR_MODES[plan.tensors]}. Arithmetic: {ARITHMETICS[plan.arithmetic]}. "
-        "Everything else is bit-identical to the source. `plan.json` holds the exact coefficients and is input to the same "
+        f"{rest} `plan.json` holds the exact coefficients and is input to the same "
         "program; `report.json` holds hashes and versions.",
         "\n".join(f"- Note: {note}" for note in [*blueprint.warnings, *blueprint.cut.notes]),
         "## Command",
@@ -70,11 +75,15 @@ def mix_in_words(row: Row) -> str:
     """`0.622 x layer 18 + 0.232 x layer 19 + ...`, and how many layers that amounts to."""
     parts = []
     if row.mix != {row.base: 1.0} or not row.groups:
-        terms = " + ".join(f"{c:.4g} x layer {layer}" for layer, c in row.mix.items())
-        parts.append(f"{terms} (base {row.base}, effectively {effective_layers(row.mix):.2f} layers)")
+        parts.append(f"{terms_in_words(row.mix)} (base {row.base}, effectively {effective_layers(row.mix):.2f} layers)")
     for group, mix in row.groups.items():
-        parts.append(f"{group} = " + " + ".join(f"{c:.4g} x layer {layer}" for layer, c in mix.items()))
+        parts.append(f"{group} = {terms_in_words(mix)}")
     return "; ".join(parts)
+
+
+def terms_in_words(mix: Mix) -> str:
+    """`0.622 x layer 18 + 0.232 x layer 19`."""
+    return " + ".join(f"{c:.4g} x layer {layer}" for layer, c in mix.items())
 
 
 def _kept(run: list[tuple[int, Row]]) -> str:
@@ -88,8 +97,8 @@ def _used(row: Row) -> list[int]:
     return [layer for mix in [row.mix, *row.groups.values()] for layer in mix]
 
 
-def _linked(model: str | None) -> str:
-    return f"[{model}](https://huggingface.co/{model})" if model else "a local model"
+def _linked(model: str | None, name: str) -> str:
+    return f"[{model}](https://huggingface.co/{model})" if model else f"a local model, {name}"
 
 
 def _source_metadata(path: Path) -> Mapping[str, Any]:

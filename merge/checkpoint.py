@@ -24,6 +24,7 @@ from .records import parse_json, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+CONVERT = 'convert them once with AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").save_pretrained(FOLDER)'
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 DTYPE_BITS = {
@@ -229,11 +230,8 @@ def _weight_files(folder: Path) -> list[str]:
         raise CheckpointError(f"{folder} has {len(loose)} safetensors files ({loose[0]}, ...) but no {INDEX_FILE}")
     pickles = sorted(path.name for path in [*folder.glob("*.bin"), *folder.glob("*.pth"), *folder.glob("*.pt")])
     if pickles:
-        raise CheckpointError(
-            f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened; convert them once with "
-            'AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto").save_pretrained(NEW_FOLDER)'
-        )
-    raise CheckpointError(f"{folder} holds no safetensors weights; expected {SINGLE_FILE} or {INDEX_FILE}")
+        raise CheckpointError(f"{folder} holds only pickled weights ({pickles[0]}), which can run code when opened; {CONVERT}")
+    raise CheckpointError(f"{folder} holds no {SINGLE_FILE} or {INDEX_FILE}; if the model has only pickled weights, {CONVERT}")
 
 
 def _weight_map(folder: Path) -> dict[str, str]:

@@ -33,7 +33,7 @@ COPY_CHUNK = 64_000_000  # bytes per system call: a stop request is noticed betw
 COPY_JOB = 512_000_000  # bytes per thread task: long runs are shared between threads
 MIX_BLOCK = 131_072  # elements: input, two float32 buffers and output take 1.6 MB, which fits a core's L2 cache; smaller
 # blocks spend their time handing Python's lock from thread to thread
-MIX_JOB = 16_000_000  # elements per thread task
+MIX_JOB = 4_000_000  # elements per thread task
 _FICLONE = 0x40049409  # linux/fs.h: share the blocks of another file
 
 Progress = Callable[[int], None]  # called with the number of bytes just written, from any thread

@@ -133,7 +133,7 @@ def _exchange(one: Path, two: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 and renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(two), _RENAME_EXCHANGE) == 0:
         return
-    aside = one.with_name(f"{one.name}.old{SCRATCH_SUFFIX}")
+    aside = one.with_name(one.name.removesuffix(SCRATCH_SUFFIX) + ".old")  # no scratch: nobody cleans it up
     os.rename(two, aside)
     os.rename(one, two)
     os.rename(aside, one)

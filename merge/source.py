@@ -17,6 +17,7 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from .checkpoint import INDEX_FILE, Checkpoint, ShardFile, Tensor, read_checkpoint
 from .errors import CheckpointError, ModelNotFoundError
@@ -47,6 +48,11 @@ class Source:
     model: str | None = None
     revision: str | None = None
     headers: Mapping[str, tuple[ShardFile, list[Tensor]]] | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What to call it, without the path: the last part of the id, or the folder's or file's name."""
+        return (self.model or self.spec).rstrip("/").rpartition("/")[2].replace(":", "-").removesuffix(".gguf")
 
     def checkpoint(self) -> Checkpoint:
         """The checked headers of the model."""
@@ -115,7 +121,7 @@ def convert_gguf(path: Path, cache: Path) -> Path:
         return folder
     log.warning("converting %s once into %s", path.name, folder)
     transformers = importlib.import_module("transformers")
-    if huggingface_hub.utils.are_progress_bars_disabled():
+    if are_progress_bars_disabled():
         transformers.utils.logging.disable_progress_bar()
     torch = importlib.import_module("torch")
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
@@ -144,6 +150,8 @@ def _from_hub(repo_id: str, revision: str | None, headers_only: bool) -> Source:
             folder, headers = _fetch_headers(repo_id, revision, small, weights)
         else:
             folder, headers = _snapshot(repo_id, revision, small + weights), None
+    except (hub_errors.NotASafetensorsRepoError, hub_errors.SafetensorsParsingError) as error:
+        raise CheckpointError(f"{repo_id}: its safetensors weights cannot be read: {error}") from error
     except (hub_errors.HfHubHTTPError, OSError, ValueError) as error:
         raise ModelNotFoundError(f"{repo_id}: {_why(repo_id, revision, error)}") from error
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None

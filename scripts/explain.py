@@ -9,7 +9,7 @@ from typing import Any
 from _cli import UsageError, parser, run
 
 from merge.alphas import plan_from_alphas, read_alphas
-from merge.card import plan_in_words
+from merge.card import plan_in_words, terms_in_words
 from merge.plan import Plan, effective_layers, read_plan, sensitivities
 from merge.records import read_json
 
@@ -49,6 +49,8 @@ def main(arguments: argparse.Namespace) -> None:
                 print(f"  layer {layer:>3} {c:>8.4f}  {'#' * round(40 * min(abs(c), 1))}")
         if small:
             print(f"  {len(small)} more {sum(small.values()):>8.4f}  together")
+        for group, mix in row.groups.items():
+            print(f"  {group} = {terms_in_words(mix)}")
     if moves:
         print("\nalpha of each step, and how far it moves all coefficients together (2 is the most possible)")
         for step, move in zip(plan.steps, moves, strict=True):
@@ -71,7 +73,7 @@ def _record(plan: Plan, moves: list[float]) -> dict[str, Any]:
         "name": plan.name,
         "num_hidden_layers": plan.num_hidden_layers,
         "rows": [
-            {"base": row.base, "mix": row.mix, "effective_layers": effective_layers(row.mix)}
+            {"base": row.base, "mix": row.mix, "groups": row.groups, "effective_layers": effective_layers(row.mix)}
             for row in plan.rows
             if not row.is_unit
         ],

@@ -80,7 +80,7 @@ def main(arguments: argparse.Namespace) -> None:
         overwrite=arguments.overwrite,
         verify=arguments.verify,
     )
-    out = arguments.out or Path("merged") / f"{_short(source)}-{plan.name or 'plan'}"
+    out = arguments.out or Path("merged") / f"{source.name}-{plan.name or 'plan'}"
     if arguments.dry_run:
         blueprint = blueprint_for(plan, source, settings)
         print(json.dumps(plan_to_dict(plan), indent=2) if arguments.json else _outline(blueprint, source, out))
@@ -155,11 +155,6 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--remove is {text!r}, expected layer numbers such as 5,14") from None
-
-
-def _short(source: Source) -> str:
-    name = source.model or source.spec
-    return name.rstrip("/").rpartition("/")[2].replace(":", "-").removesuffix(".gguf")
 
 
 def _outline(blueprint: Blueprint, source: Source, out: Path) -> str:

@@ -98,8 +98,8 @@ def test_contract(name, which, tiny_cache, models, tmp_path):
     torch.testing.assert_close(logits(model), logits(expected), **tolerance)
     for (key, value), (other, reference) in zip(model.named_parameters(), expected.named_parameters(), strict=True):
         assert key == other
-        torch.testing.assert_close(value, reference, rtol=2**-7, atol=1e-30)  # a unit in the last place of bf16
-        assert (value != reference).float().mean() <= 0.05, key
+        torch.testing.assert_close(value, reference, rtol=2**-7, atol=1e-9)  # a unit in the last place of bf16
+        assert (value != reference).sum() <= max(1, 0.05 * value.numel()), key
 
     with torch.inference_mode():
         settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 258}
