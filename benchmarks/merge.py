@@ -6,8 +6,8 @@ What is measured, on a random bf16 checkpoint with the shapes of Llama-3-8B (or 
   merge       python scripts/merge.py as a user runs it, from start to exit, fsync included
   link        the same with --link
   mergekit    the nearest that mergekit can do: `linear` over 14 aliases of the checkpoint (give --mergekit its executable)
-Each is repeated and interleaved with the others; medians count, and ratios within one repetition, because shared machines
-are noisy. After timing, every tensor is verified and two runs with different hash seeds are compared byte by byte.
+Each is repeated, interleaved with the others; ratios are of medians within one run, because shared machines are noisy.
+After timing, every tensor is verified and two runs with different hash seeds are compared byte by byte.
 
     python benchmarks/merge.py --preset 1gb
     python benchmarks/merge.py --preset 8b --cold --mergekit ../mergekit-venv/bin/mergekit-yaml
@@ -68,16 +68,16 @@ class Run:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--preset", choices=["1gb", "8b"], default="1gb")
-    options.add_argument("--dir", type=Path, default=Path("bench-merge"), help="scratch folder; 8b needs 45 GB there")
+    options.add_argument("--dir", type=Path, default=Path("bench-merge"), help="where to work; 8b needs 45 GB there")
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--cold", action="store_true", help="also with the input evicted from the page cache")
     options.add_argument(
         "--mergekit", type=Path, metavar="EXECUTABLE", help="mergekit-yaml of a virtual environment of its own"
     )
-    options.add_argument("--mergekit-repeats", type=int, default=2)
+    options.add_argument("--mergekit-repeats", type=int, default=3)
     options.add_argument("--keep", action="store_true", help="leave the checkpoint for another run")
     arguments = options.parse_args()
-    work = arguments.dir.resolve()
+    work = arguments.dir.resolve() / "layerfuse-benchmark"  # everything in here is removed at the end
     source = work / f"source-{arguments.preset}"
     make_checkpoint(source, arguments.preset)
     result: dict[str, Any] = {"preset": arguments.preset, "machine": machine(), "versions": versions(), "commit": commit()}

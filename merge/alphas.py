@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
-from .plan import Plan, Step, compose, read_step, step_problems
+from .plan import MAX_LAYERS, Plan, Step, compose, read_step, step_problems
 from .records import SCHEMA_VERSION, Fields, named, read_json
 
 
@@ -126,8 +126,10 @@ def _from_list(data: list[Any], name: str) -> Alphas:
 def _problems(steps: list[Step], layers: int | None) -> list[str]:
     if not steps:
         return ["there are no steps; for the unchanged model no merge is needed"]
-    if layers is not None and layers < 1:
-        return [f"'num_hidden_layers' is {layers}, expected at least 1"]
+    if layers is not None and not 1 <= layers <= MAX_LAYERS:
+        return [f"'num_hidden_layers' is {layers}, expected 1 to {MAX_LAYERS:,}"]
+    if max(max(step.into, step.remove) for step in steps) >= MAX_LAYERS:
+        return [f"a step names a layer beyond {MAX_LAYERS:,}"]
     if layers is None:  # judge what can be judged: no step may need more layers than the highest that is named
         layers = max(max(step.into, step.remove) for step in steps) + 1
     return step_problems(steps, layers)

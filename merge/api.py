@@ -11,7 +11,7 @@ from typing import Any
 
 from .blueprint import DEFAULT_SHARD_SIZE, Blueprint, make_blueprint
 from .card import model_card
-from .checkpoint import INDEX_FILE
+from .checkpoint import INDEX_FILE, Checkpoint
 from .errors import CheckpointError, OutputError
 from .execute import Progress, execute
 from .loadable import check_loadable
@@ -80,7 +80,7 @@ def merge_checkpoint(
     out = out.resolve()
     blueprint = blueprint_for(plan, source, options)
     checkpoint = blueprint.checkpoint
-    _check_apart(out, checkpoint.folder)
+    _check_apart(out, checkpoint)
     _check_space(out, blueprint)
     runtime = decide(options.device)
     log.info("device %s, %d threads: %s", runtime.device, runtime.workers, runtime.reason)
@@ -132,15 +132,20 @@ def merge_checkpoint(
     return report
 
 
-def _check_apart(out: Path, source: Path) -> None:
-    """The source is never written to: neither is the output in it, nor the other way round."""
-    real = source.resolve()
+def _check_apart(out: Path, checkpoint: Checkpoint) -> None:
+    """The source is never written to: the output is not in it, and no file of it, links followed, is in the output."""
+    real = checkpoint.folder.resolve()
     if out == real or real in out.parents or out in real.parents:
         raise OutputError(f"{out} is, holds or lies in the source folder {real}; choose a folder elsewhere")
+    for path in checkpoint.folder.iterdir():
+        if out in path.resolve().parents:
+            raise OutputError(
+                f"{out} holds {path.resolve()}, which the source's {path.name} leads to; choose a folder elsewhere"
+            )
 
 
 def _check_space(out: Path, blueprint: Blueprint) -> None:
-    existing = out
+    existing = out.parent  # where the scratch folder is made
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free

@@ -16,7 +16,7 @@ from .errors import PlanError
 from .families import FAMILIES, GROUPS, group_of, kind_of, norm_read_by
 from .layer_config import CutConfig, cut_config, mixed_attention
 from .plan import SUM_TOLERANCE, Mix, Plan, Row
-from .runtime import FLOATS, output_dtype
+from .runtime import DTYPES, FLOATS, output_dtype
 
 DEFAULT_SHARD_SIZE = "5GB"  # decimal, as the Hub counts; the Hub's own default
 
@@ -180,6 +180,8 @@ def make_blueprint(
             f"the plan is for {plan.num_hidden_layers} layers but {checkpoint.folder} has {checkpoint.num_hidden_layers}; "
             "use a plan made for this model"
         )
+    if dtype not in DTYPES:
+        raise PlanError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
     cut = cut_config(checkpoint.config, plan.keep)
     if dtype != "auto":
         cut.config.update({key: dtype for key in ("dtype", "torch_dtype") if key in cut.config} or {"dtype": dtype})
@@ -226,11 +228,19 @@ def _check_mode(plan: Plan, checkpoint: Checkpoint) -> None:
             "use --tensors projections"
         )
     names = list(checkpoint.layers[0])
+
+    def norm_of(name: str) -> str | None:
+        return norm_read_by(name, names)
+
     known = sorted({group_of(name) for name in names})
     for index, row in enumerate(plan.rows):
         for group in row.groups:
             if group not in known:
                 raise PlanError(f"row {index}: there is no tensor group {group!r} in this model; it has {', '.join(known)}")
+            if plan.tensors == "fold-norms" and group in {group_of(n) for n in map(norm_of, names) if n}:
+                raise PlanError(
+                    f"row {index}: group {group!r} is folded into the matrices that read it; leave it out or use 'all'"
+                )
         unknown = [] if row.is_unit else [name for name in names if kind_of(name) is None]
         if unknown:
             raise PlanError(
@@ -266,10 +276,9 @@ def _output(plan: Plan, row: Row, name: str, full_name: str, dtype: str, checkpo
 def _mix_of(plan: Plan, row: Row, name: str) -> Mix:
     """The coefficients of one tensor: its group's own, or the row's where the plan's mode includes its kind."""
     group = group_of(name)
-    if group in row.groups:
-        return row.groups[group]
     mixed_kinds = ("projection", "norm") if plan.tensors == "all" else ("projection",)
-    return row.mix if kind_of(name) in mixed_kinds else {row.base: 1.0}
+    mix = row.groups.get(group) or (row.mix if kind_of(name) in mixed_kinds else {row.base: 1.0})
+    return {layer: mix[layer] for layer in sorted(mix) if mix[layer] != 0.0} or mix  # sums go upwards, whoever made the plan
 
 
 def _blend(plan: Plan, layer: int, name: str, layers: tuple[Mapping[str, Tensor], ...]) -> Blend:

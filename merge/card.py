@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
@@ -105,6 +106,6 @@ def _source_metadata(path: Path) -> Mapping[str, Any]:
     """The front matter of the source's card; empty where there is none that can be read."""
     try:
         metadata = metadata_load(path)
-    except (OSError, ValueError, UnicodeError):
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return metadata if isinstance(metadata, Mapping) else {}

@@ -133,7 +133,7 @@ def execute(
     )
 
 
-def read_vector(blueprint: Blueprint, tensor: Tensor) -> "torch.Tensor":
+def _read_vector(blueprint: Blueprint, tensor: Tensor) -> "torch.Tensor":
     """A small tensor (a norm weight) as the factor that the model multiplies by, in its compute dtype."""
     raw = bytearray(tensor.nbytes)
     with blueprint.checkpoint.path(tensor).open("rb") as file:
@@ -177,7 +177,10 @@ def _pieces(run: _Copy) -> Iterator[_Copy]:
 
 
 def _copy(job: _Copy, progress: Progress, stop: threading.Event) -> None:
-    source = os.open(job.source, os.O_RDONLY)
+    try:
+        source = os.open(job.source, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"{job.source} cannot be read: {error.strerror or error}") from error
     try:
         copy_range = _kernel_copy if hasattr(os, "copy_file_range") else _plain_copy
         done = 0
@@ -302,7 +305,12 @@ class _Summer:
             if index:
                 total.add_(part)
         if output.divisor is not None:
-            total.view(-1, output.shape[-1]).div_(self._gain(output.divisor))
+            divisor = self._gain(output.divisor)
+            if bool((divisor == 0).any()):
+                raise CheckpointError(
+                    f"{output.divisor.name} holds zeros, so it cannot be divided out; use --tensors projections"
+                )
+            total.view(-1, output.shape[-1]).div_(divisor)
         return total
 
     def _blend(self, blend: Blend, first: int, count: int) -> "torch.Tensor":
@@ -340,11 +348,9 @@ class _Summer:
 
     def _gain(self, tensor: Tensor) -> "torch.Tensor":
         if tensor.name not in self.gains:
-            gain = read_vector(self.blueprint, tensor)
-            if not bool(self.torch.isfinite(gain).all()) or bool((gain == 0).any()):
-                raise CheckpointError(
-                    f"{tensor.name} holds zeros, NaN or infinities, so it cannot be divided out; use --tensors projections"
-                )
+            gain = _read_vector(self.blueprint, tensor)
+            if not bool(self.torch.isfinite(gain).all()):
+                raise CheckpointError(f"{self.blueprint.checkpoint.path(tensor)}: {tensor.name} holds NaN or infinity")
             self.gains[tensor.name] = gain.to(self.device)
         return self.gains[tensor.name]
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .errors import CheckpointError
+
 Config = Mapping[str, Any]
 
 # Tensor groups of one layer (the name without ".weight" or ".bias") and what they are.
@@ -85,12 +87,17 @@ def _alternating(config: Config, layers: int) -> list[str]:
 
 def _patterned(config: Config, layers: int) -> list[str]:
     """Gemma 3: every sixth layer sees everything, unless the config names another period."""
-    return _every(config.get("sliding_window_pattern") or 6, layers)
+    period = config.get("sliding_window_pattern") or 6
+    if not isinstance(period, int) or period < 1:
+        raise CheckpointError(f"config.json: 'sliding_window_pattern' is {period!r}, expected at least 1")
+    return _every(period, layers)
 
 
 def _upper_window(config: Config, layers: int) -> list[str]:
     """Qwen 2 and 3: layers from max_window_layers on slide, if sliding is used at all."""
     first = config.get("max_window_layers", 28) if config.get("use_sliding_window") else layers
+    if not isinstance(first, int):
+        raise CheckpointError(f"config.json: 'max_window_layers' is {first!r}, expected a whole number")
     return ["sliding_attention" if layer >= first else "full_attention" for layer in range(layers)]
 
 
@@ -108,8 +115,12 @@ def rope_layers(config: Config, layers: int) -> list[int]:
     """SmolLM3's no_rope_layers: 1 where a layer rotates positions, 0 where it does not."""
     listed = config.get("no_rope_layers")
     if listed is not None:
+        if not isinstance(listed, list) or len(listed) != layers:
+            raise CheckpointError(f"config.json: 'no_rope_layers' has not one entry for each of the {layers} layers")
         return list(listed)
     interval = config.get("no_rope_layer_interval", 4)
+    if not isinstance(interval, int) or interval < 1:
+        raise CheckpointError(f"config.json: 'no_rope_layer_interval' is {interval!r}, expected at least 1")
     return [int((layer + 1) % interval != 0) for layer in range(layers)]
 
 

@@ -29,10 +29,20 @@ BY_INDEX: dict[str, tuple[Any, ...]] = {
     "hybrid_override_pattern": (None,),
     "interleave_moe_layer_step": (None, 1),
     "mlp_only_layers": (None, []),
-    "num_kv_shared_layers": (None, 0),
     "scale_attn_by_inverse_layer_idx": (None, False),
     "shared_layers": (None, []),
 }
+FROM_THE_TOP = {"num_kv_shared_layers": (None, 0)}  # counts from the last layer, so even dropping the top changes it
+
+# Keys from which model classes work out attention kinds when layer_types is not listed. The families in FAMILIES have a
+# rule here; for others the kinds are unknown and layers can neither be renumbered nor mixed.
+KIND_RULES = (
+    "sliding_window",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "layer_group_size",
+    "no_rope_layer_interval",
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,8 @@ def layer_count(config: Config) -> int:
                 f"config.json nests its decoder in {nested!r}; only plain decoder-only models can be merged: "
                 "save the language model alone first"
             )
+    if not isinstance(config.get("model_type", ""), str):
+        raise CheckpointError(f"config.json: 'model_type' is {config['model_type']!r:.60}, expected a string")
     layers = config.get("num_hidden_layers")
     if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
         raise CheckpointError(f"config.json: 'num_hidden_layers' is {layers!r}, expected a whole number of at least 1")
@@ -81,6 +93,11 @@ def cut_config(config: Config, keep: Sequence[int]) -> CutConfig:
     layers = layer_count(config)
     types = layer_types(config, layers)
     is_prefix = list(keep) == list(range(len(keep)))
+    if not is_prefix and (rule := _unknown_kinds(config)):
+        raise PlanError(
+            f"config.json: {rule} = {config[rule]!r} decides the attention kind of each layer of {config.get('model_type')!r} "
+            "by a rule that is not known here; list 'layer_types' in config.json, or keep a run of layers that starts at 0"
+        )
     result: dict[str, Any] = dict(config)
     result["num_hidden_layers"] = len(keep)
     notes = []
@@ -94,8 +111,10 @@ def cut_config(config: Config, keep: Sequence[int]) -> CutConfig:
                 f"config.json: {key!r} = {value!r} describes layers by index, which the layers kept {_ranges(keep)} do "
                 "not allow; keep a run of layers that starts at 0, or use a model without this key"
             )
+        elif key in FROM_THE_TOP and value not in FROM_THE_TOP[key] and list(keep) != list(range(layers)):
+            raise PlanError(f"config.json: {key!r} = {value!r} counts layers from the top, so none can be removed or moved")
 
-    if config.get("model_type") == "smollm3" and "no_rope_layers" not in result:
+    if config.get("model_type") == "smollm3" and result.get("no_rope_layers") is None:
         cut = [rope_layers(config, layers)[layer] for layer in keep]
         if cut != rope_layers(config, len(keep)):
             result["no_rope_layers"] = cut
@@ -107,7 +126,7 @@ def cut_config(config: Config, keep: Sequence[int]) -> CutConfig:
             notes.append(f"max_window_layers: {window_from} -> {result['max_window_layers']}")
 
     expected = [types[layer] for layer in keep]
-    if "layer_types" not in result and expected != layer_types(result, len(keep)):
+    if result.get("layer_types") is None and expected != layer_types(result, len(keep)):
         result["layer_types"] = expected
         notes.append("layer_types: written out, the family's rule no longer describes it")
 
@@ -128,6 +147,8 @@ def mixed_attention(plan: Plan, config: Config) -> list[str]:
     (transformers reads the explicit list, but a runtime that has the rule built in computes something else).
     """
     layers = layer_count(config)
+    if (rule := _unknown_kinds(config)) and not all(row.is_unit for row in plan.rows):
+        return [f"{rule} decides the attention kinds of {config.get('model_type')!r} by a rule that is not known here"]
     kinds = _kinds(config, layers)
     if len(set(kinds)) == 1:
         return []
@@ -149,6 +170,13 @@ def mixed_attention(plan: Plan, config: Config) -> list[str]:
             "runtimes with that rule built in (llama.cpp, for one) compute something else than transformers"
         )
     return problems
+
+
+def _unknown_kinds(config: Config) -> str | None:
+    """The key that decides attention kinds by an unknown rule, if there is one."""
+    if config.get("model_type") in FAMILIES or config.get("layer_types") is not None:
+        return None
+    return next((key for key in KIND_RULES if config.get(key) is not None), None)
 
 
 def _kinds(config: Config, layers: int) -> list[str]:

@@ -53,7 +53,11 @@ def _by_table(config: Config, tensors: Shapes) -> list[str] | None:
     """The differences from what `shapes` says; None where it does not know the model type."""
     if config.get("model_type") not in FAMILIES or not str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
         return None
-    return _compare(config, tensors, tensor_shapes(config))
+    try:
+        shapes = tensor_shapes(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):  # a size is missing or no number
+        return None
+    return _compare(config, tensors, shapes)
 
 
 def _compare(config: Config, tensors: Shapes, wanted: Shapes) -> list[str]:
@@ -91,5 +95,5 @@ def _wanted(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines) if len(lines) < 4 else f"{lines[0]} ..."

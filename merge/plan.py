@@ -29,6 +29,7 @@ ARITHMETICS = {
     "float32": "one sum in float32, rounded once",
     "sequential": "rounded to the storage dtype after every step, as the original tool does",
 }
+MAX_LAYERS = 100_000  # far beyond any model; keeps a slip of the fingers from filling the memory
 SUM_TOLERANCE = 1e-9  # between the rows of a plan and the closed form of its steps; float64 algebra errs by about 1e-15
 
 Mix = Mapping[int, float]  # original layer -> coefficient
@@ -266,8 +267,9 @@ def plan_from_dict(data: Any) -> Plan:
     for key, value, known in (("tensors", tensors, TENSOR_MODES), ("arithmetic", arithmetic, ARITHMETICS)):
         if value is not None and value not in known:
             fields.problem(f"{key!r} is {value!r}, expected one of {', '.join(known)}")
-    if layers is not None and layers < 1:
-        fields.problem(f"'num_hidden_layers' is {layers}, expected at least 1")
+    if layers is not None and not 1 <= layers <= MAX_LAYERS:
+        fields.problem(f"'num_hidden_layers' is {layers}, expected 1 to {MAX_LAYERS:,}")
+        layers = None
     if raw_rows is not None and not raw_rows:
         fields.problem("'rows' is empty; a model needs at least one layer")
     rows = [_row(fields, raw, f"row {i}", layers) for i, raw in enumerate(raw_rows or [])]
@@ -334,7 +336,7 @@ def _mix(fields: Fields, raw: Any, at: str, layers: int | None) -> dict[int, flo
     for key, value in raw.items():
         if not str(key).isdecimal() or str(int(key)) != str(key):
             fields.problem(f"{at}: key {key!r} is not a layer number")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 1e300:
             fields.problem(f"{at}: the coefficient of layer {key} is {value!r}, expected a finite number")
         else:
             mix[int(key)] = float(value)

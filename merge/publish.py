@@ -6,6 +6,7 @@ lives: one that can be locked is left over from a dead run and is removed by the
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import secrets
@@ -47,7 +48,7 @@ def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = No
             yield scratch
             _flush(scratch, lock)
             check_target(target, overwrite=overwrite, marker=marker)  # it may have appeared meanwhile
-            _publish(scratch, target)
+            _publish(scratch, target, overwrite)
         except OSError as error:
             if isinstance(error, OutputError):
                 raise
@@ -113,19 +114,22 @@ def _flush(folder: Path, descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _publish(scratch: Path, target: Path) -> None:
+def _publish(scratch: Path, target: Path, overwrite: bool) -> None:
     try:
         os.rename(scratch, target)  # also onto an empty folder
-    except OSError:
-        if not target.is_dir():
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+        if not overwrite:
+            raise OutputError(f"{target} is not empty any more: somebody else wrote it; choose another name") from error
         _exchange(scratch, target)
         shutil.rmtree(scratch, ignore_errors=True)  # now the old content
-    parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    with suppress(OSError):  # the folder is there and whole; only its name may not survive a power cut
+        parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
 
 
 def _exchange(one: Path, two: Path) -> None:
@@ -135,7 +139,11 @@ def _exchange(one: Path, two: Path) -> None:
         return
     aside = one.with_name(one.name.removesuffix(SCRATCH_SUFFIX) + ".old")  # no scratch: nobody cleans it up
     os.rename(two, aside)
-    os.rename(one, two)
+    try:
+        os.rename(one, two)
+    except OSError:
+        os.rename(aside, two)
+        raise
     os.rename(aside, one)
 
 

@@ -119,11 +119,11 @@ _TYPE_NAMES = {str: "a string", int: "a whole number", float: "a number", list: 
 
 
 def _is_a(value: Any, allowed: tuple[Any, ...]) -> bool:
-    if isinstance(value, bool):  # True is an int to Python, but not to a person
+    if isinstance(value, bool) or (isinstance(value, int) and abs(value) > 1 << 63):  # True is an int to Python only
         return False
     return any(isinstance(value, (int, float) if kind is float else kind) for kind in allowed if kind is not None)
 
 
 def _kind(value: Any) -> str:
-    text = repr(value)
+    text = "a number beyond 64 bits" if isinstance(value, int) and abs(value) > 1 << 63 else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

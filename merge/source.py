@@ -132,7 +132,9 @@ def convert_gguf(path: Path, cache: Path) -> Path:
             model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         except Exception as error:  # transformers raises many kinds here, none of them documented
-            raise CheckpointError(f"{path} cannot be converted: {str(error).strip().splitlines()[0]}") from error
+            raise CheckpointError(
+                f"{path} cannot be converted: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            ) from error
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
     return folder

@@ -76,6 +76,8 @@ def tiny_config(config: Mapping[str, Any]) -> dict[str, Any]:
         small["query_pre_attn_scalar"] = 2 * HIDDEN // HEADS
     if config.get("sliding_window"):
         small["sliding_window"] = WINDOW
+    if "original_max_position_embeddings" in (config.get("rope_scaling") or {}):
+        small["rope_scaling"] = config["rope_scaling"] | {"original_max_position_embeddings": 256}
     return small
 
 

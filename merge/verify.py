@@ -20,7 +20,7 @@ from .checkpoint import INDEX_FILE, Checkpoint, Tensor, read_checkpoint
 from .errors import VerificationError
 from .plan import read_plan
 from .records import read_json
-from .report import PLAN_FILE, header_hashes, read_source_record
+from .report import PLAN_FILE, REPORT_FILE, header_hashes, read_source_record
 from .runtime import decide
 from .source import Source, side_files
 
@@ -42,6 +42,7 @@ class Verification:
     mixed_elements: int
     correctly_rounded: int  # mixed elements within half a unit in the last place of the float64 value
     worst_ulp: float
+    num_shared: int = 0  # kept tensors that lie in the source's own file (--link), so that there was nothing to compare
 
     def __add__(self, other: "Verification") -> "Verification":
         return Verification(
@@ -51,6 +52,7 @@ class Verification:
             self.mixed_elements + other.mixed_elements,
             self.correctly_rounded + other.correctly_rounded,
             max(self.worst_ulp, other.worst_ulp),
+            self.num_shared + other.num_shared,
         )
 
 
@@ -77,7 +79,7 @@ def verify_folder(
     blueprint = make_blueprint(plan, checkpoint, dtype=dtype, allow_mixed_attention=True)
     result = read_checkpoint(folder)
     _compare_structure(folder, blueprint, result)
-    _compare_side_files(folder, blueprint)
+    _compare_side_files(folder, blueprint, result)
     done = progress(blueprint.bytes_total)
 
     def check(output: Output) -> Verification:
@@ -115,8 +117,15 @@ def _compare_structure(folder: Path, blueprint: Blueprint, result: Checkpoint) -
             raise VerificationError(f"{folder / INDEX_FILE}: total_size is {size}, expected {blueprint.bytes_total}")
 
 
-def _compare_side_files(folder: Path, blueprint: Blueprint) -> None:
-    for path in side_files(blueprint.checkpoint.folder, blueprint.checkpoint.config):
+def _compare_side_files(folder: Path, blueprint: Blueprint, result: Checkpoint) -> None:
+    handed_on = side_files(blueprint.checkpoint.folder, blueprint.checkpoint.config)
+    known = {path.name for path in handed_on} | {shard.file for shard in blueprint.shards}
+    known |= {"config.json", "README.md", INDEX_FILE, PLAN_FILE, REPORT_FILE}
+    known |= {tensor.file for tensor in result.tensors.values()}
+    for path in sorted(folder.iterdir()):
+        if path.name not in known and not path.name.startswith("."):
+            raise VerificationError(f"{path} does not belong to the output; loaders may read it: remove it")
+    for path in handed_on:
         copy = folder / path.name
         if not copy.is_file() or copy.read_bytes() != path.read_bytes():
             raise VerificationError(f"{copy} is missing or differs from the source's {path.name}")
@@ -136,7 +145,7 @@ def _check_kept(blueprint: Blueprint, output: Output, found: Tensor, path: Path)
                     f"{path}: {output.name} differs from {source.name} at byte {offset + byte} of the tensor "
                     f"({actual[byte : byte + 1].hex()}, expected {expected[byte : byte + 1].hex()})"
                 )
-    return Verification(1, 0, output.nbytes, 0, 0, 0.0)
+    return Verification(1, 0, 0 if same else output.nbytes, 0, 0, 0.0, int(same))
 
 
 def _check_mixed(blueprint: Blueprint, output: Output, found: Tensor, path: Path) -> Verification:
@@ -207,6 +216,8 @@ class _Recompute:
             exact = (exact.reshape(-1, width) / gain.astype(np.float64)).reshape(-1)
             size = (size.reshape(-1, width) / np.abs(gain.astype(np.float64))).reshape(-1)
         slack = size * (len(output.terms) + 4) * float(np.finfo(self.compute).eps)
+        if self.compute is np.float64 and output.dtype != "F64":
+            slack = slack + size * float(np.finfo(np.float32).eps)  # rounded to float32 on the way
         if output.blend is not None:
             total = self._blend(output.blend, first, count)
         return total, exact, slack
@@ -244,6 +255,8 @@ def _encode(values: Array, dtype: str) -> Bits:
         rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
         return rounded.astype(np.uint16)
     kind, width = {"F16": (np.float16, "u2"), "F32": (np.float32, "u4"), "F64": (np.float64, "u8")}[dtype]
+    if dtype == "F16":
+        values = values.astype(np.float32)  # as torch does: a float64 is rounded to float32 on the way
     return values.astype(kind).view(width)
 
 

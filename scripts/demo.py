@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace) -> None:
             folder,
             settings,
             base_model=alphas.model,
-            command=f"python scripts/merge.py {what} --model {source.folder.name}",
+            command=f"python scripts/merge.py {what} --model {Path(source.spec).name}",
             progress=bar(plan.name, arguments.quiet),
         )
         print(f"\n{plan.name}: {report.num_parameters:,} parameters, written and verified in {relative(folder)}")

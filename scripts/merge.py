@@ -49,7 +49,9 @@ def options() -> argparse.ArgumentParser:
     out = result.add_argument_group("output")
     out.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: merged/MODEL-NAME)")
     out.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as the source (default)")
-    out.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; the bytes are the same (default: auto)")
+    out.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1; same arithmetic everywhere (default: auto, which is cpu)"
+    )
     out.add_argument(
         "--max-shard-size", default=DEFAULT_SHARD_SIZE, metavar="SIZE", help=f"decimal units (default: {DEFAULT_SHARD_SIZE})"
     )
@@ -147,7 +149,7 @@ def _source_and_plan(arguments: argparse.Namespace) -> tuple[Source, Plan]:
             plan = plan_from_method(arguments.method, layers, arguments.layers)
     plan = replace(plan, **changes)
     check_arithmetic(plan)
-    return source, replace(plan, model=source.model or named, revision=source.revision)
+    return source, replace(plan, model=source.model or arguments.base_model, revision=source.revision)
 
 
 def _numbers(text: str) -> list[int]:

@@ -27,7 +27,8 @@ def main(arguments: argparse.Namespace) -> None:
     """Verifies and prints what was compared."""
     started = time.perf_counter()
     record, _ = read_source_record(arguments.folder)
-    arguments.revision = arguments.revision or record.revision
+    if arguments.model in (None, record.spec):
+        arguments.revision = arguments.revision or record.revision
     source = find_model(arguments.model or record.spec, arguments)
     found = verify_folder(arguments.folder, source, bar("verifying", arguments.quiet))
     print(
@@ -36,6 +37,8 @@ def main(arguments: argparse.Namespace) -> None:
         f"{found.num_mixed:,} recomputed and equal "
         f"({found.bytes_compared / 1e9:.3f} GB in {time.perf_counter() - started:.1f} s)"
     )
+    if found.num_shared:
+        print(f"{found.num_shared:,} of those lie in the source's own files (--link), so there was nothing to compare")
     if found.mixed_elements:
         share = found.correctly_rounded / found.mixed_elements
         print(

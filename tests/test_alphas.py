@@ -92,6 +92,9 @@ def test_all_shipped_files_are_read():
         ('{"a": NaN}', "found NaN"),
         (json.dumps(GOOD).replace("0.5", "1e999"), "alpha is inf"),
         ("[" * 100_000, "not valid JSON"),
+        (GOOD | {"num_hidden_layers": 10**9}, "expected 1 to 100,000"),
+        (GOOD | {"steps": [{"into": 2, "remove": 3, "alpha": 10**400}]}, "'alpha' is a number beyond 64 bits"),
+        ([{"layer_to_merge_into": 10**9, "layer_to_remove": 10**9 + 1, "ratio_i_alpha": 0.5}], "beyond 100,000"),
         ('"text"', "found 'text', expected an object"),
     ],
 )

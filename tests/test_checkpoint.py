@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import NAMES, tiny_source
 
 from merge.checkpoint import encode_header, is_tied, read_checkpoint, read_header
-from merge.errors import CheckpointError, MergeError
+from merge.errors import CheckpointError, MergeError, PlanError
 from merge.families import group_of, kind_of, norm_read_by
 from merge.layer_config import cut_config, layer_count
 from merge.plan import unit_row
@@ -174,3 +174,33 @@ def test_layer_count_has_to_be_one(bad):
 
 def test_unit_rows_are_unit():
     assert unit_row(3).is_unit
+
+
+@pytest.mark.parametrize("key", ["sliding_window_pattern", "sliding_window"])
+def test_unknown_rules_for_attention_kinds(key):
+    """A family whose rule is not known: dropping from the top is fine, anything else is refused by name."""
+    config = {"model_type": "cohere2", "num_hidden_layers": 8, key: 4}
+    assert cut_config(config, range(6)).config["num_hidden_layers"] == 6
+    with pytest.raises(PlanError, match=f"{key} = 4 decides the attention kind"):
+        cut_config(config, [0, 2, 3])
+    cut_config(config | {"layer_types": ["full_attention"] * 8}, [0, 2, 3])
+
+
+def test_layers_counted_from_the_top():
+    with pytest.raises(PlanError, match="'num_kv_shared_layers' = 2 counts layers from the top"):
+        cut_config({"num_hidden_layers": 6, "num_kv_shared_layers": 2}, range(4))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+        {"model_type": "smollm3", "no_rope_layer_interval": 0},
+        {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": None},
+        {"model_type": "gemma3_text", "sliding_window_pattern": "x"},
+        {"model_type": ["llama"]},
+    ],
+)
+def test_bad_values_are_named(config):
+    with pytest.raises(CheckpointError, match=r"config\.json: '"):
+        cut_config(config | {"num_hidden_layers": 6}, [0, 2])

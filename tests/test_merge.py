@@ -347,3 +347,62 @@ def test_everything_that_belongs_is_there(llama, tmp_path):
 def umask():
     status = Path("/proc/self/status")
     return int(status.read_text().split("Umask:")[1].split()[0], 8) if status.exists() else None
+
+
+def test_source_that_leads_into_the_output(llama, tmp_path):
+    """A source of links to an earlier output does not let that output be replaced."""
+    merge_checkpoint(by_method("drop-last")(32), llama, tmp_path / "out")
+    (tmp_path / "links").mkdir()
+    for path in (tmp_path / "out").iterdir():
+        (tmp_path / "links" / path.name).symlink_to(path)
+    source = replace(llama, folder=tmp_path / "links")
+    with pytest.raises(OSError, match="leads to; choose a folder elsewhere"):
+        merge_checkpoint(by_method("drop-last")(29), source, tmp_path / "out", Options(overwrite=True))
+    load(tmp_path / "out")
+
+
+def test_order_of_coefficients_does_not_matter(llama, tmp_path):
+    """A plan made in Python with layers in any order sums as the same plan read back from its file, and verifies."""
+    for name, mix in (("one", {9: 0.3, 4: 0.5, 6: 0.2}), ("two", {4: 0.5, 6: 0.2, 9: 0.3, 11: 0.0})):
+        merge_checkpoint(Plan((Row(4, mix),), 32), llama, tmp_path / name, Options(verify=True))
+    one, two = (load(tmp_path / name).state_dict() for name in ("one", "two"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_fold_norms_and_a_group_on_the_same_norm(llama, tmp_path):
+    plan = Plan((Row(4, {4: 0.5, 5: 0.5}, {"input_layernorm": {5: 1.0}}),), 32, tensors="fold-norms")
+    with pytest.raises(PlanError, match="'input_layernorm' is folded"):
+        merge_checkpoint(plan, llama, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("name", "key"), [("gemma2-2b", "layer_types"), ("smollm3-3b", "no_rope_layers")])
+def test_null_in_a_config_is_absence(name, key, tiny_cache, models, tmp_path):
+    """transformers fills in what is null; so does the cut, instead of leaving the old rule to shift."""
+    source = tiny_source(name, tiny_cache)
+    shutil.copytree(source.folder, tmp_path / "source")
+    config = json.loads((tmp_path / "source" / "config.json").read_text())
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config | {key: None}))
+    source = replace(source, folder=tmp_path / "source")
+    plan = plan_dropping([1], source.checkpoint().num_hidden_layers)
+    with pytest.raises(PlanError, match="no longer follow the rule"):
+        merge_checkpoint(plan, source, tmp_path / "out")
+    merge_checkpoint(plan, source, tmp_path / "out", Options(allow_mixed_attention=True))
+    torch.testing.assert_close(logits(load(tmp_path / "out")), logits(surgery(models[name], plan.keep)), rtol=0, atol=0)
+
+
+def test_files_that_do_not_belong_are_found(llama, tmp_path):
+    merge_checkpoint(by_alphas(32), llama, tmp_path / "out")
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    with pytest.raises(VerificationError, match=r"adapter_config\.json does not belong"):
+        verify_folder(tmp_path / "out", llama)
+
+
+def test_broken_front_matter_of_the_source(llama, tmp_path):
+    shutil.copytree(llama.folder, tmp_path / "source")
+    (tmp_path / "source" / "README.md").write_text("---\nlicense: [unclosed\n---\n# x\n")
+    merge_checkpoint(by_alphas(32), replace(llama, folder=tmp_path / "source"), tmp_path / "out", Options(verify=True))
+
+
+def test_unknown_dtype(llama, tmp_path):
+    with pytest.raises(PlanError, match="dtype is 'bf16', expected one of auto"):
+        merge_checkpoint(by_alphas(32), llama, tmp_path / "out", Options(dtype="bf16"))

@@ -174,6 +174,8 @@ def test_json_round_trip_with_steps(case, arithmetic):
         ({"arithmetic": "sequential"}, "needs 'steps'"),
         ({"schema_version": 2}, "'schema_version' is 2, expected 1"),
         ({"num_hidden_layers": 0}, "'num_hidden_layers' is 0"),
+        ({"num_hidden_layers": 10**9}, "expected 1 to 100,000"),
+        ({"rows": [{"base": 0, "mix": {"0": 10**400}}]}, "expected a finite number"),
         ({"num_hidden_layers": "4"}, "'num_hidden_layers' is '4', expected a whole number"),
         ({"steps": [{"into": 0, "remove": 1, "alpha": 0.5}]}, "'rows' are not what 'steps' amount to"),
         ({"steps": [{"into": 0, "remove": 2, "alpha": 0.5}]}, "not neighbours"),

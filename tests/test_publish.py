@@ -88,6 +88,17 @@ def test_name_taken_meanwhile(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
+def test_name_taken_at_the_last_moment(tmp_path, monkeypatch):
+    """Also after the last look: without --overwrite nothing is ever exchanged."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    monkeypatch.setattr(publish, "check_target", lambda *arguments, **options: None)
+    with pytest.raises(OutputError, match="somebody else wrote it"):
+        build(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["precious"]
+
+
 def test_scratch_of_the_living_is_left_alone(tmp_path):
     with new_folder(tmp_path / "one") as first:
         for _ in range(2):
