@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from _checkout import ROOT
 from huggingface_hub.utils import disable_progress_bars
 
+from eval.errors import EvalError
 from merge.errors import MergeError
 from merge.source import Source, resolve
 
@@ -84,7 +85,7 @@ def run(main: Callable[[argparse.Namespace], int | None], result: argparse.Argum
         sys.exit(main(arguments) or 0)
     except UsageError as error:
         result.error(str(error))
-    except MergeError as error:
+    except (MergeError, EvalError) as error:
         _end(arguments, f"error: {_one_line(error)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
         _end(arguments, "stopped; nothing was written", 143 if isinstance(error, _TerminatedError) else 130)

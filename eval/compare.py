@@ -1,0 +1,66 @@
+"""Two or more results on the same questions, compared question by question."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import DataError
+from .results import Answer, by_group, by_subject
+from .stats import Paired, holm, paired
+
+MUST_AGREE = ("task", "task_version", "question_set", "num_fewshot", "limit")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The second model minus the first on one set of questions; `adjusted_p` counts how many sets were tested together."""
+
+    name: str
+    paired: Paired
+    adjusted_p: float
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say."""
+        if not self.paired.shown:
+            return "no difference shown"
+        return "better" if self.paired.difference > 0 else "worse"
+
+
+def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> None:
+    """Raises DataError unless both records are of the same questions, asked the same way."""
+    for key in MUST_AGREE:
+        if first.get(key) != second.get(key):
+            raise DataError(
+                f"{names[0]} and {names[1]} cannot be compared: {key} is {first.get(key)!r} and {second.get(key)!r}; "
+                "evaluate both with the same options"
+            )
+
+
+def differences(first: Sequence[Answer], second: Sequence[Answer], seed: int = 0) -> list[Difference]:
+    """The comparison over all questions, then each group, then each subject; p-values adjusted within groups and subjects.
+
+    Raises:
+        DataError: the answers are not to the same questions.
+    """
+    ids = [[(answer.subject, answer.index, answer.target) for answer in answers] for answers in (first, second)]
+    if ids[0] != ids[1]:
+        raise DataError(f"the answers are to different questions ({len(ids[0])} and {len(ids[1])}); evaluate again")
+    whole = _paired(first, second, seed)
+    result = [Difference("all", whole, whole.p_value)]
+    for split in (by_group, by_subject):
+        one, two = split(first), split(second)
+        found = {name: _paired(one[name], two[name], seed) for name in one}
+        adjusted = holm([test.p_value for test in found.values()])
+        result += [Difference(name, test, p) for (name, test), p in zip(found.items(), adjusted, strict=True)]
+    return result
+
+
+def flipped(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:
+    """(questions that only the first gets right, questions that only the second does), as the second's answers."""
+    pairs = list(zip(first, second, strict=True))
+    return [b for a, b in pairs if a.right and not b.right], [b for a, b in pairs if b.right and not a.right]
+
+
+def _paired(first: Sequence[Answer], second: Sequence[Answer], seed: int) -> Paired:
+    return paired([answer.right for answer in first], [answer.right for answer in second], seed)

@@ -1,0 +1,9 @@
+"""The errors of an evaluation: one line each, each class also a builtin."""
+
+
+class EvalError(Exception):
+    """Base of all errors that an evaluation raises on purpose."""
+
+
+class DataError(EvalError, ValueError):
+    """Questions, results or texts that are missing, malformed or not comparable."""

@@ -1,0 +1,127 @@
+"""What an evaluation leaves on disk: a JSON record of the scores and a parquet file with every answer beside it."""
+
+import importlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from merge.errors import RecordError
+from merge.records import read_json
+
+from .errors import DataError
+from .mmlu import GROUPS
+from .stats import stderr
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question answered: `logprobs` of the four letters, `prediction` the largest (the first, where they tie)."""
+
+    subject: str
+    index: int  # within the subject's test questions
+    logprobs: tuple[float, float, float, float]
+    prediction: int
+    target: int
+
+    @property
+    def right(self) -> bool:
+        """Whether the prediction is the target."""
+        return self.prediction == self.target
+
+
+@dataclass(frozen=True)
+class Score:
+    """An accuracy with its standard error; `count` questions, or subjects for a macro mean."""
+
+    acc: float
+    stderr: float
+    count: int
+
+
+def score(answers: Sequence[Answer]) -> Score:
+    """Micro accuracy: the share of the questions answered right."""
+    right = [float(answer.right) for answer in answers]
+    return Score(math.fsum(right) / len(right), stderr(right), len(right))
+
+
+def macro(answers: Sequence[Answer]) -> Score:
+    """Mean of the subjects' accuracies; its standard error comes from the questions within subjects, not between subjects."""
+    subjects = [score(found) for found in by_subject(answers).values()]
+    spread = math.sqrt(math.fsum(one.stderr**2 for one in subjects)) / len(subjects)
+    return Score(math.fsum(one.acc for one in subjects) / len(subjects), spread, len(subjects))
+
+
+def by_subject(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """Answers by subject, in order of first appearance."""
+    found: dict[str, list[Answer]] = {}
+    for answer in answers:
+        found.setdefault(answer.subject, []).append(answer)
+    return found
+
+
+def by_group(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
+    """Answers by the four groups of subjects; groups without answers are left out."""
+    found = {group: [answer for answer in answers if answer.subject in subjects] for group, subjects in GROUPS.items()}
+    return {group: chosen for group, chosen in found.items() if chosen}
+
+
+def summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """All scores of a set of answers, as JSON values."""
+    return {
+        "micro": _values(score(answers)),
+        "macro": _values(macro(answers)),
+        "groups": {group: _values(score(found)) for group, found in by_group(answers).items()},
+        "subjects": {subject: _values(score(found)) for subject, found in by_subject(answers).items()},
+    }
+
+
+def _values(one: Score) -> dict[str, Any]:
+    """A score as JSON values; a standard error that cannot be told (one question) is null."""
+    return asdict(one) | {"stderr": None if math.isnan(one.stderr) else one.stderr}
+
+
+def write_results(path: Path, record: Mapping[str, Any], answers: Sequence[Answer]) -> None:
+    """Writes PATH (JSON) and the answers beside it (parquet); each file appears whole."""
+    arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = arrow.Table.from_pylist([asdict(answer) | {"logprobs": list(answer.logprobs)} for answer in answers])
+    scratch = answers_path(path).with_suffix(".partial")
+    parquet.write_table(table, scratch)
+    scratch.replace(answers_path(path))
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[Answer]]:
+    """What `write_results` wrote.
+
+    Raises:
+        DataError: a file is missing, of another version, or the two do not belong together.
+    """
+    try:
+        record = read_json(path)
+    except RecordError as error:
+        raise DataError(str(error)) from error
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or "scores" not in record:
+        raise DataError(f"{path} is not a results file of this release; expected the output of scripts/eval_mmlu.py")
+    parquet, arrow = importlib.import_module("pyarrow.parquet"), importlib.import_module("pyarrow")
+    try:
+        rows = parquet.read_table(answers_path(path)).to_pylist()
+        answers = [Answer(**row | {"logprobs": tuple(row["logprobs"])}) for row in rows]
+    except (OSError, TypeError, KeyError, arrow.ArrowException) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"{answers_path(path)}: the answers that belong to {path.name} cannot be read: {first}") from error
+    if not answers or score(answers).acc != record["scores"]["micro"]["acc"]:
+        raise DataError(f"{answers_path(path)} does not hold the answers that {path.name} was made from; evaluate again")
+    return record, answers
+
+
+def answers_path(path: Path) -> Path:
+    """The parquet file beside a results file."""
+    return path.with_suffix(".parquet")

@@ -1,0 +1,77 @@
+"""Error bars and paired tests for accuracies, in closed form where there is one.
+
+Two models that answer the same questions are compared question by question: what both get right or both get wrong says
+nothing about their difference. b and c count the questions that only the first and only the second gets right.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import binomtest
+
+BOOTSTRAP_SAMPLES = 10_000
+CONFIDENCE = 0.95
+
+
+def stderr(values: Sequence[float]) -> float:
+    """Standard error of the mean: sample standard deviation (n - 1) over root n; nan for fewer than two values."""
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The second accuracy minus the first on the same questions.
+
+    low, high: 95 % interval of the difference (bootstrap over questions). p_value: exact McNemar test, two-sided.
+    only_first, only_second: questions that only one of the two gets right.
+    """
+
+    count: int
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    only_first: int
+    only_second: int
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+def paired(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> Paired:
+    """Compares right answers of two models to the same questions in the same order.
+
+    A bootstrap resample of n questions draws the counts (b, c, rest) from a multinomial with the observed shares, so
+    nothing needs to be resampled one by one.
+
+    Raises:
+        ValueError: different lengths, or no questions.
+    """
+    if len(first) != len(second) or not len(first):
+        raise ValueError(f"found {len(first)} and {len(second)} answers, expected equally many and at least one")
+    one, two = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
+    n = len(one)
+    b, c = int((one & ~two).sum()), int((two & ~one).sum())
+    draws = np.random.default_rng(seed).multinomial(n, [b / n, c / n, (n - b - c) / n], size=BOOTSTRAP_SAMPLES)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile((draws[:, 1] - draws[:, 0]) / n, [tail, 1 - tail])
+    return Paired(n, (c - b) / n, float(low), float(high), mcnemar(b, c), b, c)
+
+
+def mcnemar(b: int, c: int) -> float:
+    """Two-sided exact McNemar p-value: b of b + c discordant questions under a fair coin; 1 where there are none."""
+    return float(binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for that many tests (Holm 1979): the k-th smallest of m times m - k + 1, never decreasing."""
+    adjusted = [1.0] * len(p_values)
+    worst = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        worst = max(worst, min(1.0, p_values[index] * (len(p_values) - rank)))
+        adjusted[index] = worst
+    return adjusted

@@ -1,0 +1,219 @@
+"""MMLU data in both layouts, lm-eval's prompts, and the evaluation and comparison scripts as a user runs them."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lm_eval.utils
+import pytest
+import yaml
+from tiny import ROOT
+
+from eval.errors import DataError
+from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, read_mmlu, tasks, templates_compiled_once
+from eval.results import Answer, macro, read_results, score
+
+ODD = ("None", "nan", 'with "quotes"', "with, comma")  # options that data frame readers turn into something else
+
+
+def write_archive(folder, subjects=("anatomy", "virology"), count=6):
+    for split, number in (("dev", 5), ("test", count)):
+        (folder / split).mkdir(parents=True)
+        for subject in subjects:
+            with (folder / split / f"{subject}_{split}.csv").open("w", newline="") as file:
+                writer = csv.writer(file)
+                for i in range(number):
+                    writer.writerow([f"Question {i} of {subject}?\nSecond line.", *ODD, "ABCD"[(i + len(subject)) % 4]])
+    return folder
+
+
+def test_subjects_and_groups_are_lm_evals():
+    folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    for group, subjects in GROUPS.items():
+        for subject in subjects:
+            config = yaml.safe_load((folder / f"mmlu_{subject}.yaml").read_text())
+            assert config["tag"] == f"mmlu_{group}_tasks"
+    assert len(SUBJECTS) == 57
+    assert NUM_DEV == 5 * 57
+
+
+def test_csv_keeps_every_option_as_text(tmp_path):
+    (subject, other) = read_mmlu(write_archive(tmp_path), ["anatomy", "virology"])
+    assert subject.test[0].choices == ODD
+    assert subject.test[0].question == "Question 0 of anatomy?\nSecond line."
+    assert [q.answer for q in subject.test] == [3, 0, 1, 2, 3, 0]
+    assert (len(subject.dev), len(other.test)) == (5, 6)
+
+
+def test_parquet_says_the_same(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from_csv = read_mmlu(write_archive(tmp_path / "csv"), ["anatomy"])
+    (tmp_path / "parquet").mkdir()
+    for split in ("dev", "test"):
+        questions = getattr(from_csv[0], split)
+        rows = [
+            {"question": q.question, "subject": "anatomy", "choices": list(q.choices), "answer": q.answer} for q in questions
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "parquet" / f"{split}.parquet")
+    assert read_mmlu(tmp_path / "parquet", ["anatomy"]) == from_csv
+
+
+def test_prompts_are_lm_evals(tmp_path):
+    """The documented form, to the letter; the template cache changes nothing and is taken away again."""
+    (subject,) = read_mmlu(write_archive(tmp_path), ["anatomy"])
+    environment = lm_eval.utils.env
+    before = environment.from_string
+    prompts = []
+    for cached in (False, True):
+        (task,) = tasks([subject], 2)
+        if cached:
+            with templates_compiled_once():
+                task.build_all_requests()
+        else:
+            task.build_all_requests()
+        prompts.append([instance.args for instance in task.instances])
+    assert prompts[0] == prompts[1]
+    assert environment.from_string == before
+
+    def shown(q):
+        return f"{q.question.strip()}\n" + "".join(f"{x}. {c}\n" for x, c in zip("ABCD", q.choices, strict=True)) + "Answer:"
+
+    shots = "".join(f"{shown(q)} {'ABCD'[q.answer]}\n\n" for q in subject.dev[:2])
+    head = "The following are multiple choice questions (with answers) about anatomy.\n\n"
+    assert prompts[0][:4] == [(head + shots + shown(subject.test[0]), f" {x}") for x in "ABCD"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (["q", "a", "b", "c", "d"], "row 3: found 5 columns, expected 6"),
+        (["q", "a", "b", "c", "d", "E"], "row 3: the answer is 'E', expected one of A, B, C, D"),
+        (["q", "a", "b", "c", "d", ""], "the answer is ''"),
+        (["q", "a", "b", "c", "d", "AB"], "the answer is 'AB'"),
+    ],
+)
+def test_bad_rows_are_named(row, said, tmp_path):
+    folder = write_archive(tmp_path)
+    path = folder / "test" / "anatomy_test.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    rows[2] = row
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    with pytest.raises(DataError, match=said) as caught:
+        read_mmlu(folder, ["anatomy"])
+    assert str(path) in str(caught.value)
+
+
+def test_other_bad_data(tmp_path):
+    with pytest.raises(DataError, match="no MMLU subject 'anatomi'; did you mean anatomy"):
+        read_mmlu(tmp_path, ["anatomi"])
+    with pytest.raises(DataError, match=r"neither test/SUBJECT_test\.csv nor test\.parquet"):
+        read_mmlu(tmp_path, ["anatomy"])
+    with pytest.raises(DataError, match=r"virology_dev\.csv cannot be read"):
+        read_mmlu(write_archive(tmp_path / "a", ["anatomy"]), ["virology"])
+    (subject,) = read_mmlu(tmp_path / "a", ["anatomy"])
+    with pytest.raises(DataError, match="has 5 dev examples, expected at least 6"):
+        tasks([subject], 6)
+
+
+def test_micro_and_macro():
+    answers = [Answer("a", i, (0.0,) * 4, 0, int(i > 0)) for i in range(4)]
+    answers += [Answer("b", i, (0.0,) * 4, 1, 1) for i in range(2)]
+    assert score(answers).acc == pytest.approx(3 / 6)
+    assert macro(answers).acc == pytest.approx((1 / 4 + 1) / 2)
+    assert macro(answers).stderr == pytest.approx(0.25 / 2)  # only subject a varies: stderr 0.5 / sqrt(4), halved
+
+
+@pytest.fixture
+def run(tmp_path, tiny_cache):
+    environment = os.environ | {"XDG_CACHE_HOME": str(tiny_cache), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    (tmp_path / "here").mkdir()
+
+    def call(script, *arguments, status=0):
+        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    call.folder = tmp_path / "here"
+    return call
+
+
+def test_from_a_merge_to_a_comparison(run, tmp_path):
+    data = write_archive(tmp_path / "mmlu", count=8)
+    (run.folder / "text.txt").write_text("Some plain text to be predicted. " * 20)
+    run("merge", "--method", "drop-last", "--layers", 3, "--model", "tiny:llama3-8b", "--out", "dropped")
+    common = ("--data-dir", data, "--subjects", "anatomy,virology", "--num-fewshot", 2, "--text", "text.txt")
+    original = run("eval_mmlu", "--model", "tiny:llama3-8b", *common).stdout
+    assert "a part: 16 of 14,042 questions, 2 of 57 subjects" in original
+    assert "perplexity of text.txt" in original
+    last = json.loads(original.strip().splitlines()[-1])
+    assert last["micro"]["count"] == 16
+    run("eval_mmlu", "--model", "dropped", *common)
+    record, answers = read_results(run.folder / "results" / "dropped.json")
+    assert record["plan"]["method"] == "drop-last"
+    assert [answer.target for answer in answers[:8]] == [3, 0, 1, 2, 3, 0, 1, 2]
+    assert not list((run.folder / "results").glob("*.progress.jsonl"))
+    said = run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", "--flips").stdout
+    assert "no difference shown" in said
+    assert "missing" not in said
+    alone = run("compare", "results/dropped.json", "results/dropped.json").stdout
+    assert "missing: no original model" in alone
+
+    changed = json.loads((run.folder / "results" / "dropped.json").read_text())
+    for key, value in (("question_set", "other"), ("task_version", "0"), ("num_fewshot", 5)):
+        (run.folder / "results" / "dropped.json").write_text(json.dumps(changed | {key: value}))
+        done = run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", status=1)
+        assert f"cannot be compared: {key} is" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_resume_keeps_finished_subjects(run, tmp_path):
+    data = write_archive(tmp_path / "mmlu")
+    common = ("--model", "tiny:llama3-8b", "--data-dir", data, "--num-fewshot", 1, "--out", "r.json")
+    run("eval_mmlu", *common, "--subjects", "anatomy,virology")
+    whole = (run.folder / "r.json").read_text()
+    # The same run, stopped after its first subject: its answers are made recognisable.
+    from eval.mmlu import question_set
+    from eval.run import task_version
+
+    settings = {
+        "model": "tiny:llama3-8b", "task": "mmlu", "task_version": task_version("anatomy"),
+        "question_set": question_set(read_mmlu(data, ["anatomy", "virology"])), "num_fewshot": 1, "limit": None,
+        "dtype": "bfloat16",
+    }  # fmt: skip
+    kept = [{"subject": "anatomy", "index": i, "logprobs": [-1, -2, -3, -4], "prediction": 0, "target": 0} for i in range(6)]
+    lines = [json.dumps(settings, sort_keys=True), json.dumps({"subject": "anatomy", "answers": kept}), '{"subject": "viro']
+    (run.folder / "r.progress.jsonl").write_text("\n".join(lines))
+    run("eval_mmlu", *common, "--subjects", "anatomy,virology", "--resume")
+    record, answers = read_results(run.folder / "r.json")
+    assert record["scores"]["subjects"]["anatomy"]["acc"] == 1.0
+    assert record["scores"]["subjects"]["virology"] == json.loads(whole)["scores"]["subjects"]["virology"]
+    assert len(answers) == 12
+    (run.folder / "r.progress.jsonl").write_text(lines[0] + "\n")
+    done = run("eval_mmlu", *common, "--subjects", "anatomy", "--resume", status=1)
+    assert "is of a run with other options" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        ([], 2, "give --model"),
+        (["--model", "tiny:llama3-8b", "--batch-size", "x"], 2, "expected a number of tokens or auto"),
+        (["--model", "tiny:llama3-8b", "--subjects", "anatomie"], 1, "did you mean anatomy"),
+        (["--model", "nothing/here"], 1, "HF_HUB_OFFLINE is set"),
+        (["--model", "tiny:llama3-8b", "--data-dir", "none"], 1, "neither test/"),
+        (["--model", "tiny:llama3-8b", "--data-dir", "none", "--text", "none.txt"], 1, "neither test/"),
+    ],
+)
+def test_bad_input(arguments, status, said, run):
+    done = run("eval_mmlu", *arguments, status=status)
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert status == 2 or len(done.stderr.strip().splitlines()) == 1
