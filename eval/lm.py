@@ -132,7 +132,8 @@ class PrefixLM(HFLM):
         try:
             ours = self._score(sample, None, overhead=0)  # shares whatever can be shared
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
-            return f"{type(self.model).__name__} cannot be run on packed prefix trees ({str(error).splitlines()[0]})"
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            return f"{type(self.model).__name__} cannot be run on packed prefix trees ({reason})"
         finally:
             self.work = before
         theirs = super()._loglikelihood_tokens(sample, disable_tqdm=True, override_bs=1)

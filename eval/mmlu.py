@@ -226,7 +226,7 @@ def _from_parquet(path: Path) -> dict[str, tuple[Question, ...]]:
     try:
         rows = parquet.read_table(path, columns=["question", "subject", "choices", "answer"]).to_pylist()
     except (OSError, arrow.ArrowException, ValueError) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).partition("\n")[0]
         raise DataError(f"{path} cannot be read as MMLU (columns question, subject, choices, answer): {first}") from error
     found: dict[str, list[Question]] = {}
     for number, row in enumerate(rows, start=1):

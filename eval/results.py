@@ -115,7 +115,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Answer]]:
         rows = parquet.read_table(answers_path(path)).to_pylist()
         answers = [Answer(**row | {"logprobs": tuple(row["logprobs"])}) for row in rows]
     except (OSError, TypeError, KeyError, arrow.ArrowException) as error:
-        first = str(error).splitlines()[0]
+        first = str(error).partition("\n")[0]
         raise DataError(f"{answers_path(path)}: the answers that belong to {path.name} cannot be read: {first}") from error
     if not answers or score(answers).acc != record["scores"]["micro"]["acc"]:
         raise DataError(f"{answers_path(path)} does not hold the answers that {path.name} was made from; evaluate again")

@@ -46,7 +46,7 @@ def decide(device: str = "auto") -> Runtime:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().splitlines()[0]
+        first = str(error).strip().partition("\n")[0]
         raise MergeError(
             f"device {device!r} cannot be used here ({first}); use --device cpu, which gives the same bytes"
         ) from error
