@@ -8,7 +8,7 @@ from .errors import DataError
 from .results import Answer, by_group, by_subject
 from .stats import Paired, holm, paired
 
-MUST_AGREE = ("task", "task_version", "question_set", "num_fewshot", "limit")
+MUST_AGREE = ("task", "task_version", "convention", "question_set", "num_fewshot", "limit")
 
 
 @dataclass(frozen=True)

@@ -7,3 +7,7 @@ class EvalError(Exception):
 
 class DataError(EvalError, ValueError):
     """Questions, results or texts that are missing, malformed or not comparable."""
+
+
+class LoadError(EvalError, OSError):
+    """A model that cannot be loaded for scoring."""

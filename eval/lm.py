@@ -9,22 +9,26 @@ A model that cannot be run this way is found by comparing a few real requests wi
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .tree import Cluster, Pack, plan
+from .tree import UNLIMITED, Cluster, Limits, Pack, plan
 
 log = logging.getLogger(__name__)
 
 CPU_PACK_TOKENS = 512  # nodes per call: larger packs pay more for masked attention than they save in calls
 GPU_PACK_TOKENS = 4096
+CPU_LOGITS_BYTES, GPU_LOGITS_BYTES = 2**28, 2**30  # of the logits of one call; more scored positions go into another call
+SOFTMAX_ROWS = 128  # positions whose logits are in float32 at a time
+CPU_FALLBACK_BATCH, GPU_FALLBACK_BATCH = 8, 64  # prompts per call where lm-eval scores by itself; halved when memory runs out
 TOKENIZER_BATCH = 1000  # texts per call of the tokenizer, which spreads them over the cores
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of log-probabilities against HFLM; other dtypes below
 LOW_PRECISION_TOLERANCE = 0.5  # bf16 logits around 16 are 0.125 apart, and batch shapes already move them by a few steps
@@ -57,17 +61,59 @@ class PrefixLM(HFLM):
     """HFLM whose loglikelihood requests share prefixes.
 
     Args:
-        pack_tokens: nodes per call, by default chosen by device. Halved when memory runs out; results do not change.
+        batch_size: prompts per call at most; "auto" leaves it to pack_tokens.
+        pack_tokens: tokens per call, by default chosen by device. Halved when memory runs out; results do not change.
         self_check: compare a few requests with HFLM before the first use.
+        letters_apart: encode a continuation by itself, without leading blanks, and keep its last token only, as the
+            reference tool does ("A" rather than " A"); lm-eval encodes context and continuation together.
+        device: where a model that was handed in ready takes its inputs, if that is not where its first weights are.
+        accelerator: of `accelerate launch`, for a model that was handed in ready.
+
+    Attributes:
+        work: what was run so far.
+        not_shared_because: why lm-eval's own path is taken; None while prefixes are shared.
+        answered: called with the number of requests that were just answered, in place of a progress bar.
+        head_of: None, or gives the beginning of a context that its prompt shares with others; the log-likelihood of the
+            rest of the context is then put into `prompts`: context -> (nll, tokens), nearly for free.
     """
 
-    def __init__(self, *args: Any, pack_tokens: int | None = None, self_check: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        pretrained: Any,
+        *args: Any,
+        batch_size: int | str = "auto",
+        pack_tokens: int | None = None,
+        self_check: bool = True,
+        letters_apart: bool = False,
+        device: str | None = None,
+        accelerator: Any = None,
+        **kwargs: Any,
+    ) -> None:
         self._encoded: dict[str, list[int]] = {}
-        super().__init__(*args, **kwargs)
-        self.pack_tokens = pack_tokens or (CPU_PACK_TOKENS if self.device.type == "cpu" else GPU_PACK_TOKENS)
+        options = kwargs | ({"device": device} if device else {})
+        auto = str(batch_size).startswith("auto")
+        super().__init__(pretrained, *args, batch_size=1 if auto else int(batch_size), **options)
+        if not isinstance(pretrained, str) and device:
+            self._device = torch.device(device)
+        if accelerator is not None and accelerator.num_processes > 1:
+            self.accelerator = accelerator
+        if getattr(self, "accelerator", None) is not None:
+            # HFLM does this on machines with several GPUs only; processes on CPUs would each answer everything.
+            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        on_cpu = self.device.type == "cpu"
+        self.pack_tokens = pack_tokens or (CPU_PACK_TOKENS if on_cpu else GPU_PACK_TOKENS)
+        self.pack_inputs = UNLIMITED if auto else int(batch_size)
+        if auto:
+            self.batch_size_per_gpu = CPU_FALLBACK_BATCH if on_cpu else GPU_FALLBACK_BATCH
+        logits_bytes = CPU_LOGITS_BYTES if on_cpu else GPU_LOGITS_BYTES
+        self.pack_scored = max(1, logits_bytes // (self.model.config.get_text_config().vocab_size * self.model.dtype.itemsize))
         self.self_check = self_check
+        self.letters_apart = letters_apart
         self.not_shared_because = self._obstacle()
         self.work = Work()
+        self.answered: Callable[[int], object] | None = None
+        self.head_of: Callable[[str], str] | None = None
+        self.prompts: dict[str, tuple[float, int]] = {}
 
     def _obstacle(self) -> str | None:
         """Why prefixes cannot be shared, as far as that can be seen without running; None if they may."""
@@ -84,6 +130,10 @@ class PrefixLM(HFLM):
         for context, continuation in (request.args for request in requests):
             if context:
                 texts[context.rstrip()] = texts[context + continuation] = None
+                if self.letters_apart:
+                    texts[context] = None
+                if self.head_of:
+                    texts[self.head_of(context)] = None
         bos = self.tokenizer.decode(self.prefix_token_id)
         plain = [text for text in texts if text and not (bos and text.startswith(bos))]
         options = {} if self.add_bos_token is None else {"add_special_tokens": self.add_bos_token}
@@ -91,7 +141,7 @@ class PrefixLM(HFLM):
             batch = plain[start : start + TOKENIZER_BATCH]
             self._encoded |= dict(zip(batch, self.tokenizer(batch, **options)["input_ids"], strict=True))
         try:
-            answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+            answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.answered is not None)
         finally:
             self._encoded.clear()
         return answers
@@ -102,23 +152,67 @@ class PrefixLM(HFLM):
         ids: list[int] = super().tok_encode(string, add_special_tokens=add_special_tokens, **kwargs)
         return ids
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        if self.letters_apart:
+            return self.tok_encode(context), self.tok_encode(continuation.strip(), add_special_tokens=False)[-1:]
+        pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+        return pair
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         if self.not_shared_because is None and self.self_check and requests:
             self.self_check = False
             self.not_shared_because = self._check(requests)
-        if self.not_shared_because is not None:
-            log.warning("prefixes are not shared: %s", self.not_shared_because)
-            answers: list[Answer] = super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            return answers
-        bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Scoring requests")
-        answers = self._score(requests, bar)
+            if self.not_shared_because is not None:
+                log.warning("prefixes are not shared: %s", self.not_shared_because)
+        prompts = self._prompt_requests(requests)
+        self.work.tokens_unshared += sum(map(len, {self._input(context, rest) for _, context, rest in requests}))
+        bar = tqdm(
+            total=len(requests), disable=disable_tqdm or self.answered is not None or self.rank != 0, desc="Scoring requests"
+        )
+        advance = self.answered or bar.update
+        score = self._score if self.not_shared_because is None else self._score_unshared
+        everything = score([*requests, *prompts.values()], lambda k: advance(1) if k < len(requests) else None)
         bar.close()
+        answers = everything[: len(requests)]
+        for (context, (_, _, rest)), (logprob, _) in zip(prompts.items(), everything[len(requests) :], strict=True):
+            self.prompts[context] = (-logprob, len(rest))
         for (strings, _, _), answer in zip(requests, answers, strict=True):
             if strings is not None:
                 self.cache_hook.add_partial("loglikelihood", strings, answer)
         return answers
+
+    def _prompt_requests(self, requests: Sequence[Request]) -> dict[str, Request]:
+        """For every context: its head as the context, and the rest of it to be predicted."""
+        found: dict[str, Request] = {}
+        for strings, context_ids, _ in requests if self.head_of else ():
+            if strings is None or strings[0] in found or len(context_ids) > self.max_length:
+                continue
+            # The head ends where the tokens first differ: the last token of its text may have grown over the border.
+            head = self.tok_encode(self.head_of(strings[0]))  # type: ignore[misc]
+            shared = next((i for i, (a, b) in enumerate(zip(head, context_ids, strict=False)) if a != b), len(head))
+            if 0 < shared < len(context_ids):
+                found[strings[0]] = (None, context_ids[:shared], context_ids[shared:])
+        return found
+
+    def _score_unshared(self, requests: Sequence[Request], done: Callable[[int], object]) -> list[Answer]:
+        """lm-eval's own scores, a few calls' worth at a time so that running out of memory loses little."""
+        answers: list[Answer] = []
+        order = sorted(range(len(requests)), key=lambda k: -len(requests[k][1]) - len(requests[k][2]))
+        while len(answers) < len(order):
+            chosen = order[len(answers) : len(answers) + 16 * self.batch_size_per_gpu]
+            try:
+                answers += super()._loglikelihood_tokens([requests[k] for k in chosen], True, self.batch_size_per_gpu)
+            except RuntimeError as error:
+                if not _out_of_memory(error) or self.batch_size_per_gpu == 1:
+                    raise
+                self.batch_size_per_gpu //= 2
+                log.warning("out of memory: going on with %d prompts per call", self.batch_size_per_gpu)
+                continue
+            for k in chosen:
+                done(k)
+        return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     def _check(self, requests: list[Request]) -> str | None:
         """The reason not to share prefixes, found by comparing the longest, the shortest and two neighbours with HFLM."""
@@ -130,7 +224,7 @@ class PrefixLM(HFLM):
         before = self.work
         self.work = Work()
         try:
-            ours = self._score(sample, None, overhead=0)  # shares whatever can be shared
+            ours = self._score(sample, overhead=0)  # shares whatever can be shared
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             return f"{type(self.model).__name__} cannot be run on packed prefix trees ({reason})"
@@ -141,8 +235,10 @@ class PrefixLM(HFLM):
         allowed = TOLERANCE.get(self.model.dtype, LOW_PRECISION_TOLERANCE)
         return None if worst <= allowed else f"log-probabilities would differ from lm-eval's by {worst:.2g}"
 
-    def _score(self, requests: list[Request], bar: Any, overhead: int | None = None) -> list[Answer]:
-        """The answers to `requests`, in order."""
+    def _score(
+        self, requests: Sequence[Request], done: Callable[[int], object] = lambda k: None, overhead: int | None = None
+    ) -> list[Answer]:
+        """The answers to `requests`, in order; `done` is called with the index of each as it is answered."""
         keys = [self._input(context, continuation) for _, context, continuation in requests]
         inputs = list(dict.fromkeys(keys))
         number = {tokens: index for index, tokens in enumerate(inputs)}
@@ -150,22 +246,21 @@ class PrefixLM(HFLM):
         for k, key in enumerate(keys):
             asked[number[key]].append(k)
         first = [len(tokens) - max(len(requests[k][2]) for k in asks) for tokens, asks in zip(inputs, asked, strict=True)]
-        self.work.tokens_unshared += sum(len(tokens) for tokens in inputs)
-        self.work.tokens_minimum += sum(cluster.num_tokens for cluster in plan(inputs, first, 1 << 60, overhead=1 << 60))
+        whole_tree = plan(inputs, first, Limits(UNLIMITED), overhead=UNLIMITED)
+        self.work.tokens_minimum += sum(cluster.num_tokens for cluster in whole_tree)
         options = {} if overhead is None else {"overhead": overhead}
         answers: dict[int, Answer] = {}
         left = list(range(len(inputs)))
         while left:
+            limits = Limits(self.pack_tokens, self.pack_inputs, self.pack_scored)
             try:
-                for cluster in plan([inputs[i] for i in left], [first[i] for i in left], self.pack_tokens, **options):
-                    for position, logprobs, greedy in self._run(cluster):
+                for cluster in plan([inputs[i] for i in left], [first[i] for i in left], limits, **options):
+                    for position, scored in self._run(cluster):
                         for k in asked[left[position]]:
-                            continuation = requests[k][2]
-                            answers[k] = _answer(logprobs[-len(continuation) :], greedy[-len(continuation) :], continuation)
-                        if bar is not None:
-                            bar.update(len(asked[left[position]]))
-            except torch.OutOfMemoryError:
-                if self.pack_tokens == 1:
+                            answers[k] = scored.answer(requests[k][2])
+                            done(k)
+            except RuntimeError as error:
+                if not _out_of_memory(error) or self.pack_tokens == 1:
                     raise
                 self.pack_tokens //= 2
                 log.warning("out of memory: going on with %d tokens per call", self.pack_tokens)
@@ -176,17 +271,23 @@ class PrefixLM(HFLM):
         """What goes into the model, cut from the left as HFLM does."""
         return tuple((context + continuation)[-(self.max_length + 1) :][:-1])
 
-    def _run(self, cluster: Cluster) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        """Yields (input, log-probabilities [positions, V], their argmax [positions]) for every input of a cluster."""
+    def _run(self, cluster: Cluster) -> "Iterator[tuple[int, Scored]]":
+        """Yields (input, its scored positions) for every input of a cluster."""
         cache = self._encode(cluster.prefix) if cluster.prefix else None
         for pack in cluster.packs:
             rows = sorted({node for path in pack.paths for node in path})
             where = {node: row for row, node in enumerate(rows)}
-            logprobs = self._forward(pack, cache, len(cluster.prefix), rows)
-            greedy = logprobs.argmax(dim=-1)
+            logits = self._forward(pack, cache, len(cluster.prefix), rows)
+            greedy = logits.argmax(dim=-1)
+            top = logits.gather(1, greedy[:, None]).float()
+            total = torch.cat(
+                [
+                    (x.float() - m).logsumexp(dim=-1)
+                    for x, m in zip(logits.split(SOFTMAX_ROWS), top.split(SOFTMAX_ROWS), strict=True)
+                ]
+            )
             for index, path in zip(pack.inputs, pack.paths, strict=True):
-                at = torch.tensor([where[node] for node in path], device=logprobs.device)
-                yield index, logprobs[at], greedy[at]
+                yield index, Scored([where[node] for node in path], logits, greedy, top[:, 0], total)
 
     @torch.inference_mode()
     def _encode(self, prefix: Sequence[int]) -> list[FrozenLayer]:
@@ -206,7 +307,7 @@ class PrefixLM(HFLM):
 
     @torch.inference_mode()
     def _forward(self, pack: Pack, cache: list[FrozenLayer] | None, past: int, rows: list[int]) -> torch.Tensor:
-        """Log-probabilities in float32 after the nodes `rows` of a pack: [len(rows), V]."""
+        """Logits after the nodes `rows` of a pack, in the model's dtype: [len(rows), V]."""
         device = self.device
         logits = self.model(
             input_ids=torch.tensor([pack.tokens], device=device),
@@ -217,7 +318,7 @@ class PrefixLM(HFLM):
             logits_to_keep=torch.tensor(rows, device=device),
         ).logits[0]
         self.work.tokens_run += len(pack.tokens)
-        return torch.log_softmax(logits.float(), dim=-1)
+        return logits
 
     def _masks(self, pack: Pack, past: int) -> "torch.Tensor | dict[str, torch.Tensor]":
         """Additive attention masks [1, 1, S, past + S]: the whole prefix and a node's ancestors, within each layer's window."""
@@ -245,7 +346,25 @@ class PrefixLM(HFLM):
         return masks
 
 
-def _answer(logprobs: torch.Tensor, greedy: torch.Tensor, continuation: list[int]) -> Answer:
-    tokens = torch.tensor(continuation, device=logprobs.device)
-    chosen = logprobs.gather(1, tokens[:, None])
-    return float(chosen.sum()), bool((greedy == tokens).all())
+@dataclass(frozen=True)
+class Scored:
+    """Positions of one input: its rows of `logits` [R, V], their argmax `greedy`, the logit there `top`, and `total`, the
+    log of the sum of exp(logits - top), each [R]. Subtracting `top` first keeps the small differences of large logits.
+    """
+
+    rows: list[int]
+    logits: torch.Tensor
+    greedy: torch.Tensor
+    top: torch.Tensor
+    total: torch.Tensor
+
+    def answer(self, continuation: list[int]) -> Answer:
+        """Log-probability of a continuation that ends at the last position, in float32."""
+        rows = torch.tensor(self.rows[-len(continuation) :], device=self.logits.device)
+        tokens = torch.tensor(continuation, device=self.logits.device)
+        logprobs = (self.logits[rows, tokens].float() - self.top[rows]) - self.total[rows]
+        return float(logprobs.sum()), bool((self.greedy[rows] == tokens).all())
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)

@@ -10,6 +10,7 @@ import difflib
 import functools
 import hashlib
 import importlib
+import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ import yaml
 from .errors import DataError
 
 LETTERS = "ABCD"
+CONVENTIONS = ("lm-eval", "reference")  # how questions are shown and letters scored; see `tasks`
 NUM_TEST, NUM_DEV = 14_042, 285  # questions of the whole set; five dev questions for each subject
 HUB_NAME = "cais/mmlu"
 
@@ -151,8 +153,21 @@ def question_set(subjects: Sequence[Subject]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def tasks(subjects: Sequence[Subject], num_fewshot: int) -> list[Any]:
+def partial(subjects: Sequence[Subject], limit: int | None = None) -> str | None:
+    """What part of MMLU these questions are; None if they are all of it."""
+    tests = [len(subject.test) if limit is None else min(limit, len(subject.test)) for subject in subjects]
+    dev = sum(len(subject.dev) for subject in subjects)
+    if (len(tests), sum(tests), dev) == (len(SUBJECTS), NUM_TEST, NUM_DEV):
+        return None
+    return f"{sum(tests):,} of {NUM_TEST:,} questions, {len(tests)} of {len(SUBJECTS)} subjects, {dev} of {NUM_DEV} examples"
+
+
+def tasks(subjects: Sequence[Subject], num_fewshot: int, convention: str = "lm-eval") -> list[Any]:
     """lm-eval's tasks over these questions: its own configuration, with the questions handed in.
+
+    The convention 'reference' shows them as the released tool of Pruning via Merging (arXiv:2406.16330) does: two blanks
+    before the subject, no stripping, and options as its data frame reader returns them ("None" becomes "nan"). To score
+    them as it does, the model must be a PrefixLM with `letters_apart` and without BOS.
 
     Raises:
         DataError: a subject has fewer examples than asked for.
@@ -163,21 +178,35 @@ def tasks(subjects: Sequence[Subject], num_fewshot: int) -> list[Any]:
         if len(subject.dev) < num_fewshot:
             raise DataError(f"{subject.name} has {len(subject.dev)} dev examples, expected at least {num_fewshot}")
         config = task_config(subject.name)
+        if convention == "reference":
+            subject = _through_data_frame(subject)
+            config["description"] = config["description"].replace(" about ", " about  ")
+            config["doc_to_text"] = config["doc_to_text"].replace("question.strip()", "question")
         config |= {"custom_dataset": functools.partial(_dataset, subject), "num_fewshot": num_fewshot}
         result.append(task_class(config=config))
     return result
 
 
 @contextmanager
-def templates_compiled_once() -> Iterator[None]:
-    """Inside, lm-eval compiles each prompt template once instead of once per question and example: 30 times faster."""
-    environment = importlib.import_module("lm_eval.utils").env
-    original = environment.from_string
-    environment.from_string = functools.lru_cache(512)(original)
+def quick_and_quiet() -> Iterator[None]:
+    """Inside, lm-eval compiles each prompt template once instead of once per question and example (30 times faster), shows
+    no bar of its own while it builds prompts, and starts no programs to describe the machine (seconds; noise without git).
+    """
+    module = {name: importlib.import_module(f"lm_eval.{name}") for name in ("utils", "api.task", "evaluator")}
+    changes = [
+        (module["utils"].env, "from_string", functools.lru_cache(512)(module["utils"].env.from_string)),
+        (module["api.task"], "tqdm", functools.partial(module["api.task"].tqdm, disable=True)),
+        (module["evaluator"], "get_git_commit_hash", lambda: None),
+        (module["evaluator"], "add_env_info", lambda storage: None),
+    ]
+    before = [(thing, name, getattr(thing, name)) for thing, name, _ in changes]
+    for thing, name, value in changes:
+        setattr(thing, name, value)
     try:
         yield
     finally:
-        environment.from_string = original
+        for thing, name, value in before:
+            setattr(thing, name, value)
 
 
 def task_config(subject: str) -> dict[str, Any]:
@@ -197,6 +226,20 @@ def _dataset(subject: Subject, **_: Any) -> Any:
         for split, questions in (("dev", subject.dev), ("test", subject.test))
     }
     return datasets.DatasetDict({split: datasets.Dataset.from_list(found) for split, found in rows.items()})
+
+
+def _through_data_frame(subject: Subject) -> Subject:
+    """A subject's questions as a data frame reader returns its CSV files."""
+    pandas = importlib.import_module("pandas")
+
+    def reread(questions: Sequence[Question]) -> tuple[Question, ...]:
+        file = io.StringIO()
+        csv.writer(file).writerows([q.question, *q.choices, LETTERS[q.answer]] for q in questions)
+        frame = pandas.read_csv(io.StringIO(file.getvalue()), header=None)
+        cells = [[str(cell) for cell in row] for row in frame.itertuples(index=False)]
+        return tuple(Question(row[0], (row[1], row[2], row[3], row[4]), LETTERS.index(row[5])) for row in cells)
+
+    return Subject(subject.name, reread(subject.dev), reread(subject.test))
 
 
 def _from_csv(path: Path) -> tuple[Question, ...]:

@@ -16,6 +16,7 @@ from .mmlu import GROUPS
 from .stats import stderr
 
 SCHEMA_VERSION = 1
+MAX_NLL = 700.0  # exp of more does not fit into a float
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Answer:
     logprobs: tuple[float, float, float, float]
     prediction: int
     target: int
+    question_nll: float | None = None  # of the question's text after the examples, in nats
+    question_tokens: int = 0
 
     @property
     def right(self) -> bool:
@@ -78,6 +81,24 @@ def summary(answers: Sequence[Answer]) -> dict[str, Any]:
         "groups": {group: _values(score(found)) for group, found in by_group(answers).items()},
         "subjects": {subject: _values(score(found)) for subject, found in by_subject(answers).items()},
     }
+
+
+def question_text(answers: Sequence[Answer]) -> dict[str, Any] | None:
+    """Perplexity of the questions' text after the examples, over tokens (micro) and as the mean over subjects (macro)."""
+    measured = [answer for answer in answers if answer.question_nll is not None and answer.question_tokens]
+    if not measured:
+        return None
+    subjects = [_pooled(found) for found in by_subject(measured).values()]
+    return {
+        "perplexity": _pooled(measured),
+        "macro_perplexity": math.fsum(subjects) / len(subjects),
+        "tokens": sum(answer.question_tokens for answer in measured),
+    }
+
+
+def _pooled(answers: Sequence[Answer]) -> float:
+    nll = math.fsum(answer.question_nll or 0.0 for answer in answers) / sum(answer.question_tokens for answer in answers)
+    return math.exp(min(nll, MAX_NLL))
 
 
 def _values(one: Score) -> dict[str, Any]:

@@ -1,24 +1,26 @@
-"""Runs an evaluation: loads the model, asks subject by subject, measures text perplexity and writes a few words."""
+"""Runs an evaluation: asks MMLU subject by subject, measures text perplexity, writes a few words, runs any lm-eval task."""
 
+import difflib
+import importlib
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import torch
-from tqdm import tqdm
-
-from merge.checkpoint import read_config
+from lm_eval.tasks import TaskManager
 
 from .errors import DataError
-from .lm import PrefixLM
-from .mmlu import Subject, task_config, tasks, templates_compiled_once
-from .results import Answer
+from .lm import PrefixLM, Work
+from .mmlu import Subject, quick_and_quiet, task_config, tasks
+from .results import MAX_NLL, Answer
 
 TEXT_WINDOW = 1024  # tokens that are predicted from each other; the usual short window, so that figures compare
+TEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
 @dataclass(frozen=True)
@@ -31,47 +33,49 @@ class Perplexity:
     window: int
 
 
-def load_model(folder: Path, device: str, dtype: str, pack_tokens: int | None = None) -> PrefixLM:
-    """The model in a folder, ready to be scored; dtype 'auto' is bfloat16 on a GPU and the checkpoint's own elsewhere."""
-    config = read_config(folder)
-    options: dict[str, Any] = {}
-    if config.get("attn_logit_softcapping"):
-        options["attn_implementation"] = "eager"  # the fused attention kernels leave soft-capping out
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "auto"
-    return PrefixLM(pretrained=str(folder), device=device, dtype=dtype, batch_size=1, pack_tokens=pack_tokens, **options)
-
-
-def choose_device(requested: str) -> tuple[str, str]:
-    """(device, reason)."""
-    if requested != "auto":
-        return requested, "asked for"
-    if torch.cuda.is_available():
-        return "cuda:0", "the first GPU"
-    return "cpu", "no GPU here"
-
-
 def ask(
     lm: Any,
     subjects: Sequence[Subject],
     num_fewshot: int,
     limit: int | None = None,
+    *,
+    convention: str = "lm-eval",
+    question_text: bool = True,
     done: Callable[[str, list[Answer]], None] = lambda subject, answers: None,
-    disable_bar: bool | None = None,
+    answered: Callable[[int], object] | None = None,
 ) -> list[Answer]:
     """The model's answers to the test questions of the subjects, through lm-eval's own evaluation.
 
-    `done` is called after each subject with its answers, so that finished subjects can be kept.
+    Args:
+        lm: a PrefixLM, or any model of lm-eval's (which then measures no question text).
+        convention: of the prompts, see `mmlu.tasks`.
+        question_text: also measure the likelihood of the questions' text after the examples.
+        done: called after each subject with its answers, so that finished subjects can be kept.
+        answered: called as the work proceeds with the number of requests just scored (four for each question).
+
+    In several processes, only the first gets the answers; the others get an empty list.
     """
     everything: list[Answer] = []
-    with templates_compiled_once():
-        for subject in tqdm(subjects, desc="MMLU", unit="subject", disable=disable_bar):
-            (task,) = tasks([subject], num_fewshot)
-            found = lm_eval.simple_evaluate(model=lm, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True)
+    ours = isinstance(lm, PrefixLM)
+    manager = TaskManager(include_defaults=False)
+    with quick_and_quiet():
+        for subject in subjects:
+            (task,) = tasks([subject], num_fewshot, convention)
+            if ours:
+                lm.answered, lm.prompts = answered, {}
+                lm.head_of = _head_of(task) if question_text else None
+            # Not simple_evaluate, which collects facts about the machine for seconds, every time.
+            found = lm_eval.evaluate(lm=lm, task_dict=manager.load([task]), limit=limit, bootstrap_iters=0, log_samples=True)
+            prompts = _gathered(lm, lm.prompts) if ours else []
+            if found is None:  # not the first of several processes
+                continue
+            texts = {context: measured for one in prompts for context, measured in one.items()}
             samples = sorted(found["samples"][f"mmlu_{subject.name}"], key=lambda sample: sample["doc_id"])
-            answers = [_answer(subject.name, sample) for sample in samples]
+            answers = [_answer(subject.name, sample, texts) for sample in samples]
             done(subject.name, answers)
             everything += answers
+    if ours:
+        lm.answered = lm.head_of = None
     return everything
 
 
@@ -87,10 +91,32 @@ def text_perplexity(lm: PrefixLM, text: str, window: int = TEXT_WINDOW, max_toke
     requests = [(None, piece[:1], piece[1:]) for piece in pieces if len(piece) > 1]
     if not requests:
         raise DataError(f"the text has {len(tokens)} tokens, expected at least 2")
-    answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    before, lm.work = lm.work, Work()
+    try:
+        answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
+    finally:
+        lm.work = before
     count = sum(len(continuation) for _, _, continuation in requests)
     nll = -math.fsum(logprob for logprob, _ in answers) / count
-    return Perplexity(math.exp(min(nll, 700.0)), nll, count, window)
+    return Perplexity(math.exp(min(nll, MAX_NLL)), nll, count, window)
+
+
+def plain_text(path: Path | None) -> str:
+    """The text to measure perplexity on: a file, or by default the test split of WikiText-2 from the Hub.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if path is not None:
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as text: {error}") from error
+    datasets = importlib.import_module("datasets")
+    try:
+        return "\n\n".join(datasets.load_dataset(*TEXT_HUB, split="test")["text"])
+    except Exception as error:  # datasets raises many kinds, offline ones among them
+        raise DataError(f"{TEXT_HUB[0]} cannot be had from the Hub or its cache ({_short(error)}); give --text FILE") from error
 
 
 def continuation(lm: PrefixLM, prompt: str, tokens: int = 30) -> str:
@@ -101,12 +127,97 @@ def continuation(lm: PrefixLM, prompt: str, tokens: int = 30) -> str:
     return str(lm.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
 
+def run_tasks(
+    lm: Any,
+    names: Sequence[str],
+    *,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    include_path: Path | None = None,
+    answered: Callable[[int], object] | None = None,
+) -> dict[str, Any] | None:
+    """What lm-eval's `simple_evaluate` returns for any of its tasks, or for tasks described in YAML files in `include_path`.
+
+    None in all but the first of several processes. `answered` is called as for `ask`.
+
+    Raises:
+        DataError: an unknown task, or data that cannot be had.
+    """
+    manager = check_tasks(names, include_path)
+    if isinstance(lm, PrefixLM):
+        lm.answered = answered
+    try:
+        with quick_and_quiet():
+            found: dict[str, Any] | None = lm_eval.simple_evaluate(
+                model=lm, tasks=list(names), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=True
+            )
+    finally:
+        if isinstance(lm, PrefixLM):
+            lm.answered = None
+    return found
+
+
+def check_tasks(names: Sequence[str], include_path: Path | None = None) -> Any:
+    """lm-eval's task manager, once it has been found to know all these tasks.
+
+    Raises:
+        DataError: an unknown task; the nearest names are suggested.
+    """
+    manager = _Manager(include_path=str(include_path) if include_path else None)
+    for name in names:
+        if not manager.match_tasks([name]):
+            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4))
+            raise DataError(f"lm-eval has no task {name!r}" + (f"; did you mean {near}?" if near else ""))
+    return manager
+
+
+def total_work(lm: PrefixLM) -> Work:
+    """The work of all processes; complete in the first one only."""
+    found = _gathered(lm, asdict(lm.work))
+    return Work(**{key: sum(one[key] for one in found) for key in asdict(lm.work)})
+
+
 def task_version(subject: str) -> str:
     """The version of lm-eval's task and of lm-eval itself."""
     return f"{task_config(subject)['metadata']['version']} (lm-eval {importlib.metadata.version('lm_eval')})"
 
 
-def _answer(subject: str, sample: dict[str, Any]) -> Answer:
+class _Manager(TaskManager):
+    """lm-eval's task manager, whose many errors while tasks and their data are loaded become one of ours."""
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            return super().load(task_list)
+        except Exception as error:  # data that cannot be had, wrong YAML, code of a task: anything may come
+            what = f"{type(error).__name__}: {_short(error)}"
+            raise DataError(f"the tasks {', '.join(task_list)} or their data cannot be loaded ({what})") from error
+
+
+def _gathered(lm: Any, value: Any) -> list[Any]:
+    """`value` of every process, in the first one; what this process has, in the others."""
+    return lm.gather_object(value, dst=0) or [value]
+
+
+def _head_of(task: Any) -> Callable[[str], str]:
+    """Gives the examples that stand before the question in a context of this task."""
+    shown = [task.doc_to_text(doc) for doc in task.test_docs()]
+    head: list[str] = []
+
+    def head_of(context: str) -> str:
+        if not head:
+            question = max((text for text in shown if context.endswith(text)), key=len)
+            head.append(context.removesuffix(question))
+        return head[0]
+
+    return head_of
+
+
+def _answer(subject: str, sample: Mapping[str, Any], texts: Mapping[str, tuple[float, int]]) -> Answer:
     logprobs = tuple(float(logprob) for logprob, _ in sample["filtered_resps"])
     prediction = max(range(len(logprobs)), key=lambda choice: logprobs[choice])
-    return Answer(subject, int(sample["doc_id"]), logprobs, prediction, int(sample["target"]))
+    nll, tokens = texts.get(sample["arguments"][0][0], (None, 0))
+    return Answer(subject, int(sample["doc_id"]), logprobs, prediction, int(sample["target"]), nll, tokens)
+
+
+def _short(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error))[:200]

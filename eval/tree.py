@@ -14,7 +14,20 @@ from dataclasses import dataclass, field
 
 Tokens = Sequence[int]
 
+UNLIMITED = 1 << 60
 CLUSTER_OVERHEAD = 64  # tokens' worth of work that a separate prefix run costs (a call of its own, attention to the cache)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one pack may hold: `tokens` nodes, `inputs` that are not beginnings of each other, `scored` positions.
+
+    An input that is larger than a limit by itself still gets a pack of its own.
+    """
+
+    tokens: int
+    inputs: int = UNLIMITED
+    scored: int = UNLIMITED
 
 
 @dataclass
@@ -45,13 +58,13 @@ class Cluster:
         return len(self.prefix) + sum(len(pack.tokens) for pack in self.packs)
 
 
-def plan(inputs: Sequence[Tokens], first: Sequence[int], pack_tokens: int, overhead: int = CLUSTER_OVERHEAD) -> list[Cluster]:
+def plan(inputs: Sequence[Tokens], first: Sequence[int], limits: Limits, overhead: int = CLUSTER_OVERHEAD) -> list[Cluster]:
     """Clusters that cover every input once, longest work first.
 
     Args:
         inputs: distinct sequences of token ids.
         first: for each, the index of its first scored position (0 <= first < length).
-        pack_tokens: nodes per pack; one input that is longer still gets a pack of its own.
+        limits: of each pack.
     """
     order = sorted(range(len(inputs)), key=lambda k: list(inputs[k]))
     shared = [_shared_length(inputs, first, order[i], order[i + 1]) for i in range(len(order) - 1)]
@@ -62,10 +75,10 @@ def plan(inputs: Sequence[Tokens], first: Sequence[int], pack_tokens: int, overh
         covered = right
         members = order[left:right]
         prefix = tuple(inputs[members[0]][:depth])
-        result.append(Cluster(prefix, tuple(pack(inputs, first, members, depth, pack_tokens))))
+        result.append(Cluster(prefix, tuple(pack(inputs, first, members, depth, limits))))
     singles += order[covered:]
     if singles:
-        result.append(Cluster((), tuple(pack(inputs, first, singles, 0, pack_tokens))))
+        result.append(Cluster((), tuple(pack(inputs, first, singles, 0, limits))))
     return sorted(result, key=lambda cluster: -cluster.num_tokens)
 
 
@@ -93,19 +106,24 @@ def choose_clusters(shared: Sequence[int], overhead: int) -> list[tuple[int, int
     return open_intervals[0][3]
 
 
-def pack(inputs: Sequence[Tokens], first: Sequence[int], members: Sequence[int], depth: int, pack_tokens: int) -> list[Pack]:
-    """The sorted `members` without their first `depth` tokens, as prefix trees of at most `pack_tokens` nodes."""
+def pack(inputs: Sequence[Tokens], first: Sequence[int], members: Sequence[int], depth: int, limits: Limits) -> list[Pack]:
+    """The sorted `members` without their first `depth` tokens, as prefix trees within `limits`."""
     packs: list[Pack] = []
+    count = scored = 0  # of the current pack
     path: list[int] = []  # nodes of the previous input
     before: Tokens = ()
     for member in members:
         tokens = inputs[member]
         common = _common_length(before, tokens) - depth if path else 0
-        if not packs or len(packs[-1].tokens) + len(tokens) - depth - common > pack_tokens:
+        nodes = len(packs[-1].tokens) + len(tokens) - depth - common if packs else 0
+        ends = 0 if path and common == len(path) else 1  # a longer version of the previous input adds no branch
+        scores = len(tokens) - first[member]
+        if not packs or nodes > limits.tokens or count + ends > limits.inputs or scored + scores > limits.scored:
             if packs:
                 _close(packs[-1], path, 0)
             packs.append(Pack())
-            path, common = [], 0
+            path, common, count, scored, ends = [], 0, 0, 0, 1
+        count, scored = count + ends, scored + scores
         current = packs[-1]
         _close(current, path, common)
         path = path[:common]

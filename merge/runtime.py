@@ -1,7 +1,8 @@
 """Where dtype, device and threads are decided, and nowhere else.
 
 Three dtypes meet in a merge: what the source files hold (storage), what sums are made in (compute: float32, or float64 for
-float64 sources), and what is written (output: `--dtype`, by default as the source).
+float64 sources), and what is written (output: `--dtype`, by default as the source). A model that is run has one dtype and a
+placement: which of its parts are where.
 """
 
 import importlib
@@ -18,7 +19,18 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")  # what a person can ask for
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors -> torch
+ROOM = 1.2  # memory that a model takes while it is run, in multiples of its weights; beyond it layers are offloaded
 MAX_WORKERS = 4  # copying is bound by memory bandwidth, which a few threads use up
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is run: `device` takes the inputs, `device_map` is accelerate's; `reason` says why, for the log."""
+
+    device: str
+    dtype: str
+    device_map: "str | dict[str, str]"
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -42,15 +54,63 @@ def decide(device: str = "auto") -> Runtime:
     if device in ("auto", "cpu"):
         why = "asked for" if device == "cpu" else "a merge is bound by reading and writing files, not by arithmetic"
         return Runtime("cpu", workers, why)
+    _check_device(device)
+    return Runtime(device, workers, "asked for")
+
+
+def place_model(
+    device: str, dtype: str, *, num_parameters: int, stored: str, process_device: str | None = None, processes: int = 1
+) -> Placement:
+    """Where and in what dtype to run a model for scoring.
+
+    On a GPU in bfloat16, else in the dtype that it is stored in (float16 becomes float32 on a CPU); whole on one device
+    where its weights have room there, otherwise spread by accelerate over GPUs, memory and disk. Under `accelerate launch`
+    each of the `processes` has the model whole on its own `process_device`.
+
+    Args:
+        device: 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'.
+        dtype: one of DTYPES.
+        stored: torch name of the dtype that most of the checkpoint is in.
+
+    Raises:
+        MergeError: the device is not there.
+    """
+    torch = importlib.import_module("torch")
+    psutil = importlib.import_module("psutil")
+    if device == "auto":
+        device = process_device or ("cuda:0" if torch.cuda.is_available() else "cpu")
+        reason = f"one of {processes} processes" if process_device else "a GPU is here" if device != "cpu" else "no GPU here"
+    else:
+        _check_device(device)
+        return Placement(device, _run_dtype(device, dtype, stored), {"": device}, "asked for")
+    dtype = _run_dtype(device, dtype, stored)
+    needed = ROOM * num_parameters * torch_dtype(dtype).itemsize
+    on_gpu = device.startswith("cuda")
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available / processes
+    where = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed"
+    if needed <= free or process_device:
+        return Placement(device, dtype, {"": device}, f"{reason}; {where}")
+    over = "the other GPUs, memory and disk" if on_gpu else "disk"
+    return Placement(device, dtype, "auto", f"{reason}; {where}: layers without room go to {over}")
+
+
+def _run_dtype(device: str, dtype: str, stored: str) -> str:
+    if dtype != "auto":
+        return dtype
+    if device.startswith("cuda"):
+        return "bfloat16"
+    return "float32" if stored in ("float16", "float64") else stored
+
+
+def _check_device(device: str) -> None:
     torch = importlib.import_module("torch")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().partition("\n")[0]
         raise MergeError(
-            f"device {device!r} cannot be used here ({first}); use --device cpu, which gives the same bytes"
+            f"device {device!r} cannot be used here ({first}); use --device cpu, which gives the same results"
         ) from error
-    return Runtime(device, workers, "asked for")
 
 
 def output_dtype(requested: str, stored: str) -> str:

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from _checkout import ROOT
+
+if not sys.stderr.isatty():
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars inside other libraries; tqdm reads this once, when it is imported
+
 from huggingface_hub.utils import disable_progress_bars
 
 from eval.errors import EvalError
@@ -70,8 +74,15 @@ def bar(description: str, quiet: bool) -> Callable[[int], Callable[[int], None]]
     return start
 
 
-def run(main: Callable[[argparse.Namespace], int | None], result: argparse.ArgumentParser) -> NoReturn:
-    """Parses the command line, runs `main`, and ends the process: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C."""
+def run(
+    main: Callable[[argparse.Namespace], int | None],
+    result: argparse.ArgumentParser,
+    stopped: str = "stopped; nothing was written",
+) -> NoReturn:
+    """Parses the command line, runs `main`, and ends the process: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
+
+    `stopped` is what Ctrl-C and SIGTERM print.
+    """
     arguments = result.parse_args()
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(arguments.verbose, 2)]
     logging.basicConfig(format="%(message)s", level=logging.ERROR if arguments.quiet else level, stream=sys.stderr)
@@ -80,7 +91,9 @@ def run(main: Callable[[argparse.Namespace], int | None], result: argparse.Argum
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if arguments.verbose > 1 else "error")
     if arguments.quiet or not sys.stderr.isatty():
         disable_progress_bars()  # the Hub's own; ours ask the terminal themselves
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _terminate)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # workers just end
     try:
         sys.exit(main(arguments) or 0)
     except UsageError as error:
@@ -88,7 +101,7 @@ def run(main: Callable[[argparse.Namespace], int | None], result: argparse.Argum
     except (MergeError, EvalError) as error:
         _end(arguments, f"error: {_one_line(error)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
-        _end(arguments, "stopped; nothing was written", 143 if isinstance(error, _TerminatedError) else 130)
+        _end(arguments, stopped, 143 if isinstance(error, _TerminatedError) else 130)
     except BrokenPipeError:  # the reader of our output left: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -9,18 +9,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from _cli import UsageError, add_model_options, find_model, parser, run
+from _cli import UsageError, add_model_options, parser, run
+from _scoring import add_run_options, counter, end_together, find_source, load, peak_memory
 
 from eval.errors import DataError
-from eval.mmlu import NUM_TEST, SUBJECTS, question_set, read_mmlu
-from merge.report import PLAN_FILE, peak_rss_bytes
-from merge.runtime import DTYPES
+from eval.mmlu import CONVENTIONS, partial, question_set, read_mmlu
+from merge.report import PLAN_FILE
 
 EXAMPLES = """\
   python scripts/eval_mmlu.py --model merged/Meta-Llama-3-8B-base --data-dir DIR --text wiki.test.raw
   python scripts/eval_mmlu.py --model DIR --subjects anatomy,virology --limit 20
+  accelerate launch --num_processes 4 scripts/eval_mmlu.py --model DIR
   python scripts/compare.py results/Meta-Llama-3-8B.json results/Meta-Llama-3-8B-base.json"""
 PROMPT = "The capital of France is"
+CHOICES = 4  # requests for each question
+STOPPED = "stopped; finished subjects are kept: the same command with --resume goes on"
 
 
 def options() -> argparse.ArgumentParser:
@@ -32,12 +35,18 @@ def options() -> argparse.ArgumentParser:
     data.add_argument("--subjects", metavar="A,B,...", help="default: all 57")
     data.add_argument("--limit", type=int, metavar="N", help="questions per subject")
     data.add_argument("--num-fewshot", type=int, default=5, metavar="K", help="examples before each question (default: 5)")
-    data.add_argument("--text", type=Path, metavar="FILE", help="plain text to measure perplexity on")
-    data.add_argument("--text-tokens", type=int, default=20_480, metavar="N", help="at most so many of it (default: 20480)")
-    how = result.add_argument_group("model run")
-    how.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else as stored (default)")
-    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    how.add_argument("--batch-size", default="auto", metavar="N", help="tokens per call; auto: by device (default)")
+    data.add_argument(
+        "--compat",
+        choices=CONVENTIONS,
+        default="lm-eval",
+        help="prompts and letters as in lm-eval (default) or as in the reference tool of layer merging (two blanks before the "
+        "subject, no BOS, 'A' instead of ' A'), whose published numbers are macro averages",
+    )
+    text = result.add_argument_group("perplexity")
+    text.add_argument("--text", type=Path, metavar="FILE", help="plain text (default: WikiText-2's test split, from the Hub)")
+    text.add_argument("--text-tokens", type=int, default=20_480, metavar="N", help="at most so many of it (default: 20480)")
+    text.add_argument("--no-question-text", action="store_true", help="leave out the perplexity of the questions' own text")
+    add_run_options(result)
     result.add_argument("--out", type=Path, metavar="FILE", help="results file (default: results/MODEL.json)")
     result.add_argument("--resume", action="store_true", help="keep the subjects that an interrupted run has finished")
     return result
@@ -45,77 +54,107 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Evaluates and prints."""
-    if not arguments.model:
-        raise UsageError("give --model")
-    if arguments.batch_size != "auto" and not arguments.batch_size.isdecimal():
-        raise UsageError(f"--batch-size is {arguments.batch_size!r}, expected a number of tokens or auto")
-    source = find_model(arguments.model, arguments)
-    source.checkpoint()  # a partial or damaged folder is refused before anything is loaded
+    for name in ("limit", "num_fewshot", "text_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < (0 if name == "num_fewshot" else 1):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected a positive number")
+    source = find_source(arguments)
+    source.checkpoint()
     subjects = read_mmlu(arguments.data_dir, arguments.subjects.split(",") if arguments.subjects else ())
-    text = _text(arguments.text)
+    part = partial(subjects, arguments.limit)
+    if part and not (arguments.limit or arguments.subjects):
+        logging.warning("this is not all of MMLU: %s", part)
 
     # torch, transformers and lm-eval take seconds to import: only now, when the input is known to be good.
-    from eval.results import summary, write_results
-    from eval.run import ask, choose_device, continuation, load_model, task_version, text_perplexity
+    from eval.results import question_text, summary, write_results
+    from eval.run import ask, continuation, plain_text, task_version, text_perplexity, total_work
 
-    for name in ("lm_eval", "lm-eval", "datasets"):
-        logging.getLogger(name).setLevel(logging.ERROR if not arguments.verbose else logging.INFO)
-    device, reason = choose_device(arguments.device)
-    lm = load_model(
-        source.folder, device, arguments.dtype, None if arguments.batch_size == "auto" else int(arguments.batch_size)
-    )
-    logging.info("device %s (%s), %s, %d tokens per call", device, reason, lm.model.dtype, lm.pack_tokens)
+    text: str | None = None
+    text_missing: str | None = None
+    try:
+        text = plain_text(arguments.text)
+    except DataError as error:
+        if arguments.text:
+            raise
+        text_missing = str(error)
+        logging.warning("perplexity of plain text will be missing: %s", error)
+    reference = arguments.compat == "reference"
+    lm, placement = load(arguments, source, letters_apart=reference, add_bos_token=False if reference else None)
 
     out = arguments.out or Path("results") / f"{source.name}.json"
     settings = {
         "task": "mmlu",
         "task_version": task_version(subjects[0].name),
+        "convention": arguments.compat,
         "question_set": question_set(subjects),
         "num_fewshot": arguments.num_fewshot,
         "limit": arguments.limit,
-        "dtype": str(lm.model.dtype).removeprefix("torch."),
+        "dtype": placement.dtype,
     }
-    progress = _Progress(out, {"model": source.spec, **settings}, arguments.resume)
-    started = time.perf_counter()
+    progress = _Progress(out, {"model": source.spec, **settings}, arguments.resume, write=lm.rank == 0)
+    lm.barrier()  # the others have read what was finished before the first one writes
+    progress.start()
     missing = [subject for subject in subjects if subject.name not in progress.finished]
-    ask(lm, missing, arguments.num_fewshot, arguments.limit, progress.add, disable_bar=True if arguments.quiet else None)
+    count = sum(min(len(subject.test), arguments.limit or len(subject.test)) for subject in missing)
+    started = time.perf_counter()
+    with counter("MMLU", "question", count, arguments.quiet or lm.rank != 0) as bar:
+        ask(
+            lm,
+            missing,
+            arguments.num_fewshot,
+            arguments.limit,
+            convention=arguments.compat,
+            question_text=not arguments.no_question_text,
+            done=progress.add,
+            answered=lambda requests: bar.update(requests * lm.world_size / CHOICES),
+        )
     seconds = time.perf_counter() - started
-    answers = [answer for subject in subjects for answer in progress.finished[subject.name]]
-    plan = source.folder / PLAN_FILE
-    record: dict[str, Any] = {
-        "model": source.spec,
-        "plan": json.loads(plan.read_text()) if plan.is_file() else None,
-        **settings,
-        "device": device,
-        "scores": summary(answers),
-        "text": asdict(text_perplexity(lm, text, max_tokens=arguments.text_tokens)) | {"file": arguments.text.name}
-        if text
-        else None,
-        "continuation": {"prompt": PROMPT, "text": continuation(lm, PROMPT)},
-        "time_s": round(seconds, 2),
-        "questions_per_s": round(sum(len(progress.finished[s.name]) for s in missing) / max(seconds, 1e-9), 2),
-        "tokens": asdict(lm.work),
-        "prefixes_shared": lm.not_shared_because is None,
-        "not_shared_because": lm.not_shared_because,
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-    write_results(out, record, answers)
-    progress.remove()
-    print(_table(record, len(answers)))
-    print(json.dumps({"results": str(out), "micro": record["scores"]["micro"], "macro": record["scores"]["macro"]}))
+    work = total_work(lm)
+
+    def finish() -> None:
+        answers = [answer for subject in subjects for answer in progress.finished[subject.name]]
+        plan = source.folder / PLAN_FILE
+        measured = asdict(text_perplexity(lm, text, max_tokens=arguments.text_tokens)) if text is not None else None
+        record: dict[str, Any] = {
+            "model": source.spec,
+            "plan": json.loads(plan.read_text()) if plan.is_file() else None,
+            **settings,
+            "part": part,
+            "device": placement.device,
+            "processes": lm.world_size,
+            "scores": summary(answers),
+            "question_text": (questions := question_text(answers)),
+            "question_text_missing": None if questions else _why_no_question_text(arguments),
+            "text": measured and measured | {"file": arguments.text.name if arguments.text else "wikitext-2 (test)"},
+            "text_missing": text_missing,
+            "continuation": {"prompt": PROMPT, "text": continuation(lm, PROMPT)},
+            "time_s": round(seconds, 2),
+            "questions_per_s": round(count / max(seconds, 1e-9), 2),
+            "tokens": asdict(work),
+            "prefixes_shared": lm.not_shared_because is None,
+            "not_shared_because": lm.not_shared_because,
+            **peak_memory(lm),
+        }
+        write_results(out, record, answers)
+        progress.remove()
+        print(_table(record))
+        print(json.dumps({"results": str(out), "micro": record["scores"]["micro"], "macro": record["scores"]["macro"]}))
+
+    end_together(lm, finish)
 
 
 class _Progress:
     """Finished subjects of a run that is under way, on disk after each, under the settings that they were asked with."""
 
-    def __init__(self, out: Path, settings: dict[str, Any], resume: bool) -> None:
+    def __init__(self, out: Path, settings: dict[str, Any], resume: bool, write: bool) -> None:
         from eval.results import Answer
 
+        self.write = write
         self.path = out.with_suffix(".progress.jsonl")
         self.finished: dict[str, list[Any]] = {}
-        header = json.dumps(settings, sort_keys=True)
+        self.header = json.dumps(settings, sort_keys=True)
         lines = self.path.read_text().splitlines() if resume and self.path.is_file() else []
-        if lines and lines[0] == header:
+        if lines and lines[0] == self.header:
             for line in lines[1:]:
                 try:
                     entry = json.loads(line)
@@ -125,8 +164,13 @@ class _Progress:
                 self.finished[entry["subject"]] = found
         elif lines:
             raise DataError(f"{self.path} is of a run with other options; run without --resume, or with the same options")
+
+    def start(self) -> None:
+        """Writes what was finished, without the line that was being written when the earlier run stopped."""
+        if not self.write:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(header + "\n")
+        self.path.write_text(self.header + "\n")
         for subject, answers in self.finished.items():
             self._append(subject, answers)
 
@@ -142,43 +186,45 @@ class _Progress:
         self.path.unlink(missing_ok=True)
 
 
-def _text(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read as text: {error}") from error
+def _why_no_question_text(arguments: argparse.Namespace) -> str:
+    return "not asked for" if arguments.no_question_text else "the prompts are longer than the model's window"
 
 
-def _table(record: dict[str, Any], count: int) -> str:
+def _table(record: dict[str, Any]) -> str:
     scores = record["scores"]
 
     def line(name: str, one: dict[str, Any], unit: str = "questions") -> str:
         error = f"{one['stderr']:.4f}" if one["stderr"] is not None else "   ?  "
         return f"{name:40} {one['acc']:.4f} +- {error}  {one['count']:>6,} {unit}"
 
-    whole = (
-        ""
-        if count == NUM_TEST
-        else f" (a part: {count:,} of {NUM_TEST:,} questions, {len(scores['subjects'])} of {len(SUBJECTS)} subjects)"
-    )
+    part = f" (a part: {record['part']})" if record["part"] else ""
+    convention = ", reference convention" if record["convention"] == "reference" else ""
     lines = [
-        f"MMLU, {record['num_fewshot']}-shot{whole}: {record['model']}",
+        f"MMLU, {record['num_fewshot']}-shot{convention}{part}: {record['model']}",
         line("accuracy, micro (over questions)", scores["micro"]),
         line("accuracy, macro (over subjects)", scores["macro"], "subjects"),
         *(line(f"  {group}", one) for group, one in scores["groups"].items()),
         *(line(f"    {subject}", one) for subject, one in scores["subjects"].items()),
     ]
-    if record["text"]:
-        text = record["text"]
+    if question := record["question_text"]:
+        lines.append(
+            f"{'perplexity of the questions':40} {question['perplexity']:.2f}  ({question['tokens']:,} tokens; "
+            f"mean over subjects {question['macro_perplexity']:.2f})"
+        )
+    elif record["question_text_missing"]:
+        lines.append(f"perplexity of the questions: not measured ({record['question_text_missing']})")
+    if text := record["text"]:
         lines.append(f"{'perplexity of ' + text['file']:40} {text['perplexity']:.2f}  ({text['tokens']:,} tokens)")
+    else:
+        lines.append(f"perplexity of plain text: not measured ({record['text_missing']})")
     said = record["continuation"]
     lines.append(f"{said['prompt']!r} goes on {said['text']!r}")
     tokens = record["tokens"]
+    gpu = f", {record['peak_gpu_bytes'] / 1e9:.2f} GB on the GPU" if "peak_gpu_bytes" in record else ""
     lines.append(
         f"{record['time_s']:.1f} s, {record['questions_per_s']:.1f} questions/s, {tokens['tokens_run']:,} tokens run "
-        f"({tokens['tokens_unshared']:,} without sharing), peak memory {record['peak_rss_bytes'] / 1e9:.2f} GB"
+        f"({tokens['tokens_unshared']:,} without sharing), peak memory {record['peak_rss_bytes'] / 1e9:.2f} GB{gpu}; "
+        f"{record['dtype']} on {record['device']}"
     )
     if record["not_shared_because"]:
         lines.append(f"prefixes were not shared: {record['not_shared_because']}")
@@ -186,4 +232,4 @@ def _table(record: dict[str, Any], count: int) -> str:
 
 
 if __name__ == "__main__":
-    run(main, options())
+    run(main, options(), STOPPED)

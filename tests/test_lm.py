@@ -1,6 +1,8 @@
 """PrefixLM against lm-eval's own model class on the same requests."""
 
+import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -31,19 +33,27 @@ def requests():
 
 def options(source, **more):
     soft = {"attn_implementation": "eager"} if read_config(source.folder).get("attn_logit_softcapping") else {}
-    return {"pretrained": str(source.folder), "dtype": "float32", "device": "cpu", "batch_size": 4, **soft, **more}
+    return {"pretrained": str(source.folder), "dtype": "float32", "device": "cpu", **soft, **more}
 
 
 @pytest.fixture(scope="module")
 def reference(tiny_cache):
     """HFLM's answers for each family, computed once."""
-    return {name: HFLM(**options(tiny_source(name, tiny_cache))).loglikelihood(requests(), disable_tqdm=True) for name in NAMES}
+    return {
+        name: HFLM(**options(tiny_source(name, tiny_cache), batch_size=4)).loglikelihood(requests(), disable_tqdm=True)
+        for name in NAMES
+    }
 
 
-def assert_same(ours, theirs):
+# In float32 lm-eval's own sums over 40 tokens are up to 1.9e-4 from float64's on the twin of Gemma 3, so equal to 1e-4 cannot
+# be asked for there; the others' are within 6e-5.
+ALLOWED = {"gemma3-1b": 5e-4}
+
+
+def assert_same(ours, theirs, allowed=1e-4):
     assert len(ours) == len(theirs)
     for (one, greedy), (two, other) in zip(ours, theirs, strict=True):
-        assert abs(one - two) <= 1e-4
+        assert abs(one - two) <= allowed
         assert greedy == other
 
 
@@ -51,7 +61,7 @@ def assert_same(ours, theirs):
 @pytest.mark.parametrize("name", NAMES)
 def test_equals_lm_eval(name, pack_tokens, tiny_cache, reference):
     lm = PrefixLM(**options(tiny_source(name, tiny_cache), pack_tokens=pack_tokens))
-    assert_same(lm.loglikelihood(requests(), disable_tqdm=True), reference[name])
+    assert_same(lm.loglikelihood(requests(), disable_tqdm=True), reference[name], ALLOWED.get(name, 1e-4))
     assert lm.not_shared_because is None
     assert lm.work.tokens_minimum <= lm.work.tokens_run < lm.work.tokens_unshared
     if pack_tokens >= 100:
@@ -142,3 +152,117 @@ def test_registered_with_lm_eval():
     from lm_eval.api.registry import get_model
 
     assert get_model("layerfuse") is PrefixLM
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, "auto"])
+@pytest.mark.parametrize("name", ["llama3-8b", "gemma2-2b"])
+def test_batch_sizes_change_nothing(name, batch_size, tiny_cache, reference):
+    lm = PrefixLM(**options(tiny_source(name, tiny_cache), batch_size=batch_size))
+    assert_same(lm.loglikelihood(requests(), disable_tqdm=True), reference[name])
+
+
+@pytest.fixture(scope="module")
+def merging(tiny_cache, tmp_path_factory):
+    """A model whose tokenizer merges across every border: whole phrases of its training text are single tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = tmp_path_factory.mktemp("merging") / "model"
+    shutil.copytree(tiny_source("llama3-8b", tiny_cache).folder, folder)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|begin|>", "<|end|>", "<|pad|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=250, special_tokens=special, initial_alphabet=list("ĊĠ.:ABCDQae"), show_progress=False
+    )
+    tokenizer.train_from_iterator(merging_texts() * 3, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names = dict(zip(("bos_token", "eos_token", "pad_token"), special, strict=True))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}))
+    return folder
+
+
+def merging_texts():
+    shots = ["Q: a\nA. b\nAnswer: A\n\n", "Q: a\nA. b\nAnswer: A\n\nQ: e\nA. b\nAnswer: B\n\n"]
+    return [f"{shot}Q{letter}: {word}\nAnswer:" for shot in shots for letter in "ABCDe" for word in ("a", "ae", "e e", ".")]
+
+
+def test_prefixes_that_end_inside_a_token(merging):
+    """The shared text's tokens are not a prefix of the whole text's; what is scored is the whole text's tokens, as in HFLM."""
+    pairs = [(text, f" {letter}") for text in merging_texts() for letter in "ABCD"] + [(t, "A. b\nQ") for t in merging_texts()]
+    asked = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(pairs)]
+    settings = {"pretrained": str(merging), "dtype": "float32", "device": "cpu"}
+    lm = PrefixLM(**settings, pack_tokens=40)
+    shot = "Q: a\nA. b\nAnswer: A\n\n"
+    crossing = [text for text in merging_texts() if lm.tok_encode(text)[: len(lm.tok_encode(shot))] != lm.tok_encode(shot)]
+    assert len(crossing) > 10
+    assert_same(lm.loglikelihood(asked, disable_tqdm=True), HFLM(**settings).loglikelihood(asked, disable_tqdm=True))
+    assert lm.not_shared_because is None
+    assert lm.work.tokens_run < lm.work.tokens_unshared
+
+
+def test_prompt_text_is_measured_on_the_way(tiny_cache):
+    """The likelihood of what follows a context's head, beside the answers and without changing them."""
+    source = tiny_source("mistral-7b", tiny_cache)
+    heads = ["The first head. ", "Another one, longer than the first. "]
+    asked = [(head + f"question {i}?", f" {letter}") for head in heads for i in range(3) for letter in "AB"]
+    instances = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(asked)]
+    plain = PrefixLM(**options(source)).loglikelihood(instances, disable_tqdm=True)
+    for check in (True, False):
+        lm = PrefixLM(**options(source, self_check=check))
+        lm.not_shared_because = None if check else "a test"
+        lm.head_of = lambda context: next(head for head in heads if context.startswith(head))
+        assert_same(lm.loglikelihood(instances, disable_tqdm=True), plain)
+        assert len(lm.prompts) == 6
+        for context, (nll, count) in lm.prompts.items():
+            head = lm.head_of(context)
+            rest = context.removeprefix(head)
+            ((logprob, _),) = HFLM._loglikelihood_tokens(
+                lm, [(None, lm.tok_encode(head), lm.tok_encode(rest, add_special_tokens=False))], disable_tqdm=True
+            )
+            assert nll == pytest.approx(-logprob, abs=1e-3)
+            assert count == len(rest)
+
+
+def test_letters_apart(merging):
+    """The reference tool's score: the logits after the context, at the last token of the bare letter, without BOS."""
+    lm = PrefixLM(str(merging), dtype="float32", device="cpu", letters_apart=True, add_bos_token=False)
+    contexts = merging_texts()[:7]
+    asked = [(context, f" {letter}") for context in contexts for letter in "ABCD"]
+    instances = [Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=i) for i, pair in enumerate(asked)]
+    found = [logprob for logprob, _ in lm.loglikelihood(instances, disable_tqdm=True)]
+    letters = [lm.tokenizer(letter, add_special_tokens=False)["input_ids"][-1] for letter in "ABCD"]
+    for i, context in enumerate(contexts):
+        ids = torch.tensor([lm.tokenizer(context, add_special_tokens=False)["input_ids"]])
+        with torch.inference_mode():
+            logprobs = torch.log_softmax(lm.model(ids).logits[0, -1], -1)
+        assert found[4 * i : 4 * i + 4] == pytest.approx(logprobs[letters].tolist(), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory.", "[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes"]
+)
+def test_out_of_memory_without_sharing_halves_too(message, tiny_cache, reference, monkeypatch, caplog):
+    original = HFLM._model_call
+
+    def call(self, inputs, *arguments, **more):
+        if len(inputs) > 2:
+            raise RuntimeError(message)
+        return original(self, inputs, *arguments, **more)
+
+    monkeypatch.setattr(HFLM, "_model_call", call)
+    lm = PrefixLM(**options(tiny_source("llama3-8b", tiny_cache)))
+    lm.not_shared_because = "a test"
+    assert_same(lm.loglikelihood(requests(), disable_tqdm=True), reference["llama3-8b"])
+    assert lm.batch_size == 2
+    assert "going on with 2 prompts per call" in caplog.text
+
+
+def test_other_errors_are_not_taken_for_memory(tiny_cache, monkeypatch):
+    def forward(self, *arguments):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(PrefixLM, "_forward", forward)
+    lm = PrefixLM(**options(tiny_source("llama3-8b", tiny_cache), self_check=False))
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        lm.loglikelihood(requests(), disable_tqdm=True)

@@ -13,7 +13,7 @@ import yaml
 from tiny import ROOT
 
 from eval.errors import DataError
-from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, read_mmlu, tasks, templates_compiled_once
+from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, read_mmlu, tasks, quick_and_quiet
 from eval.results import Answer, macro, read_results, score
 
 ODD = ("None", "nan", 'with "quotes"', "with, comma")  # options that data frame readers turn into something else
@@ -72,7 +72,7 @@ def test_prompts_are_lm_evals(tmp_path):
     for cached in (False, True):
         (task,) = tasks([subject], 2)
         if cached:
-            with templates_compiled_once():
+            with quick_and_quiet():
                 task.build_all_requests()
         else:
             task.build_all_requests()

@@ -1,0 +1,66 @@
+"""Loads a model for scoring: placed and typed as merge/runtime.py decides, by accelerate, in one or several processes."""
+
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections import Counter
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from merge.checkpoint import Checkpoint
+from merge.runtime import FLOATS, Placement, place_model, torch_dtype
+
+from .errors import LoadError
+from .lm import PrefixLM
+
+log = logging.getLogger(__name__)
+
+
+def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto", **options: Any) -> tuple[PrefixLM, Placement]:
+    """The model of a checked checkpoint folder, ready to be scored; and where it is run, in what dtype, and why.
+
+    `options` are those of PrefixLM.
+
+    Raises:
+        LoadError: transformers cannot load the folder.
+        MergeError: the device is not there.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # set by accelerate launch, and by torchrun
+    own_device, accelerator = None, None
+    if processes > 1:
+        if device not in ("auto", "cpu", "cuda"):
+            raise LoadError(f"device is {device!r}, but each of {processes} processes has its own; use auto")
+        accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+        own_device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
+    elements = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        elements[FLOATS.get(tensor.dtype, "float32")] += tensor.numel
+    placement = place_model(
+        "auto" if own_device else device,
+        dtype,
+        num_parameters=sum(elements.values()),
+        stored=elements.most_common(1)[0][0],
+        process_device=own_device,
+        processes=processes,
+    )
+    log.info("%s in %s on %s (%s)", checkpoint.folder, placement.dtype, placement.device, placement.reason)
+    loading: dict[str, Any] = {"dtype": torch_dtype(placement.dtype), "device_map": placement.device_map}
+    if checkpoint.config.get("attn_logit_softcapping"):
+        loading["attn_implementation"] = "eager"  # the fused attention kernels leave soft-capping out
+    if placement.device_map == "auto":
+        loading["offload_folder"] = tempfile.mkdtemp(prefix="layerfuse-offload-")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **loading)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise LoadError(f"{checkpoint.folder} cannot be loaded by transformers: {first or type(error).__name__}") from error
+    if "offload_folder" in loading:
+        weakref.finalize(model, shutil.rmtree, loading["offload_folder"], ignore_errors=True)
+    lm = PrefixLM(model.eval(), tokenizer=tokenizer, device=placement.device, accelerator=accelerator, **options)
+    return lm, placement

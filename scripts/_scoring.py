@@ -1,0 +1,68 @@
+"""What the scripts that score a model share: options of the run, loading, and how they end in several processes."""
+
+import argparse
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from _cli import UsageError, find_model
+
+from merge.runtime import DTYPES, Placement
+from merge.source import Source
+
+if TYPE_CHECKING:
+    from eval.lm import PrefixLM
+
+
+def add_run_options(result: argparse.ArgumentParser) -> None:
+    """--dtype, --device and --batch-size."""
+    how = result.add_argument_group("model run")
+    how.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 on a GPU, else as stored (default)")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    how.add_argument("--batch-size", default="auto", metavar="N", help="prompts per call; auto: as many as fit (default)")
+
+
+def find_source(arguments: argparse.Namespace) -> Source:
+    """The model that --model names; a wrong or partial one is refused before anything is imported or loaded."""
+    if not arguments.model:
+        raise UsageError("give --model")
+    if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size)):
+        raise UsageError(f"--batch-size is {arguments.batch_size!r}, expected a positive number of prompts, or auto")
+    for name in ("lm_eval", "lm-eval", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR if not arguments.verbose else logging.INFO)
+    return find_model(arguments.model, arguments)
+
+
+def load(arguments: argparse.Namespace, source: Source, **options: Any) -> "tuple[PrefixLM, Placement]":
+    """The model, ready to be scored."""
+    from eval.load import load_model
+
+    return load_model(source.checkpoint(), arguments.device, arguments.dtype, batch_size=arguments.batch_size, **options)
+
+
+def counter(description: str, unit: str, total: int, quiet: bool) -> Any:
+    """A progress bar on stderr; none where stderr is no terminal or HF_HUB_DISABLE_PROGRESS_BARS is set."""
+    from huggingface_hub.utils import tqdm
+
+    return tqdm(total=total, desc=description, unit=unit, disable=True if quiet else None, leave=False)
+
+
+def peak_memory(lm: "PrefixLM") -> dict[str, int]:
+    """The most memory that the first process has used so far, and on its GPU."""
+    import torch
+
+    from merge.report import peak_rss_bytes
+
+    found = {"peak_rss_bytes": peak_rss_bytes()}
+    if lm.device.type == "cuda":
+        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(lm.device)
+    return found
+
+
+def end_together(lm: "PrefixLM", finish: Callable[[], None]) -> None:
+    """Calls `finish` in the first of several processes while the others wait; then all leave the group."""
+    if lm.rank == 0:
+        finish()
+    lm.barrier()
+    if lm.world_size > 1:
+        lm.accelerator.end_training()
