@@ -53,6 +53,8 @@ class FrozenLayer(DynamicLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.keys is not None  # set where it is made, in _encode
+        assert self.values is not None
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
@@ -299,6 +301,8 @@ class PrefixLM(HFLM):
         self.work.tokens_run += len(prefix)
         frozen = []
         for layer in cache.layers:
+            if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
+                raise TypeError(f"a layer keeps its state as {type(layer).__name__}, not as keys and values")
             one = FrozenLayer()
             one.lazy_initialization(layer.keys, layer.values)
             one.keys, one.values = layer.keys, layer.values
@@ -309,7 +313,7 @@ class PrefixLM(HFLM):
     def _forward(self, pack: Pack, cache: list[FrozenLayer] | None, past: int, rows: list[int]) -> torch.Tensor:
         """Logits after the nodes `rows` of a pack, in the model's dtype: [len(rows), V]."""
         device = self.device
-        logits = self.model(
+        logits: torch.Tensor = self.model(
             input_ids=torch.tensor([pack.tokens], device=device),
             position_ids=torch.tensor([pack.depth], device=device),
             attention_mask=self._masks(pack, past),
@@ -341,7 +345,7 @@ class PrefixLM(HFLM):
         if kinds is None:
             return additive(seen & (distance < window) if window else seen)
         masks = {"full_attention": additive(seen)}
-        if "sliding_attention" in kinds:
+        if "sliding_attention" in kinds and window:
             masks["sliding_attention"] = additive(seen & (distance < window))
         return masks
 

@@ -212,8 +212,8 @@ def quick_and_quiet() -> Iterator[None]:
 def task_config(subject: str) -> dict[str, Any]:
     """lm-eval's own configuration of a subject's task: prompt, choices, metric, version."""
     folder = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
-    own = yaml.safe_load((folder / f"mmlu_{subject}.yaml").read_text())
-    shared = yaml.safe_load((folder / own.pop("include")).read_text())
+    own: dict[str, Any] = yaml.safe_load((folder / f"mmlu_{subject}.yaml").read_text())
+    shared: dict[str, Any] = yaml.safe_load((folder / own.pop("include")).read_text())
     return shared | own
 
 

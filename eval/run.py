@@ -15,7 +15,7 @@ import torch
 from lm_eval.tasks import TaskManager
 
 from .errors import DataError
-from .lm import PrefixLM, Work
+from .lm import PrefixLM, Request, Work
 from .mmlu import Subject, quick_and_quiet, task_config, tasks
 from .results import MAX_NLL, Answer
 
@@ -88,7 +88,7 @@ def text_perplexity(lm: PrefixLM, text: str, window: int = TEXT_WINDOW, max_toke
     tokens = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     window = min(window, lm.max_length)
     pieces = [tokens[start : start + window] for start in range(0, len(tokens), window)]
-    requests = [(None, piece[:1], piece[1:]) for piece in pieces if len(piece) > 1]
+    requests: list[Request] = [(None, piece[:1], piece[1:]) for piece in pieces if len(piece) > 1]
     if not requests:
         raise DataError(f"the text has {len(tokens)} tokens, expected at least 2")
     before, lm.work = lm.work, Work()
@@ -133,17 +133,19 @@ def run_tasks(
     *,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    include_path: Path | None = None,
+    manager: TaskManager | None = None,
     answered: Callable[[int], object] | None = None,
 ) -> dict[str, Any] | None:
-    """What lm-eval's `simple_evaluate` returns for any of its tasks, or for tasks described in YAML files in `include_path`.
+    """What lm-eval's `simple_evaluate` returns for any of its tasks; None in all but the first of several processes.
 
-    None in all but the first of several processes. `answered` is called as for `ask`.
+    Args:
+        manager: of `find_tasks`, if there is one already (it takes seconds to make) or the tasks are not lm-eval's own.
+        answered: called as the work proceeds with the number of requests just scored.
 
     Raises:
         DataError: an unknown task, or data that cannot be had.
     """
-    manager = check_tasks(names, include_path)
+    manager = manager or find_tasks(names)
     if isinstance(lm, PrefixLM):
         lm.answered = answered
     try:
@@ -157,8 +159,8 @@ def run_tasks(
     return found
 
 
-def check_tasks(names: Sequence[str], include_path: Path | None = None) -> Any:
-    """lm-eval's task manager, once it has been found to know all these tasks.
+def find_tasks(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
+    """lm-eval's task manager, found to know all these tasks: its own, and those in YAML files in `include_path`.
 
     Raises:
         DataError: an unknown task; the nearest names are suggested.
@@ -213,7 +215,8 @@ def _head_of(task: Any) -> Callable[[str], str]:
 
 
 def _answer(subject: str, sample: Mapping[str, Any], texts: Mapping[str, tuple[float, int]]) -> Answer:
-    logprobs = tuple(float(logprob) for logprob, _ in sample["filtered_resps"])
+    a, b, c, d = (float(logprob) for logprob, _ in sample["filtered_resps"])
+    logprobs = (a, b, c, d)
     prediction = max(range(len(logprobs)), key=lambda choice: logprobs[choice])
     nll, tokens = texts.get(sample["arguments"][0][0], (None, 0))
     return Answer(subject, int(sample["doc_id"]), logprobs, prediction, int(sample["target"]), nll, tokens)

@@ -91,7 +91,8 @@ def choose_clusters(shared: Sequence[int], overhead: int) -> list[tuple[int, int
     # Open intervals, from outer to inner: [depth, left, what the choices inside save, those choices].
     open_intervals: list[tuple[int, int, int, list[tuple[int, int, int]]]] = [(0, 0, 0, [])]
     for right, depth in enumerate([*shared, 0], start=1):
-        left, saved, chosen = right - 1, 0, []
+        left, saved = right - 1, 0
+        chosen: list[tuple[int, int, int]] = []
         while open_intervals[-1][0] > depth:
             inner_depth, inner_left, inside, choices = open_intervals.pop()
             inside, choices = inside + saved, choices + chosen

@@ -46,9 +46,9 @@ def main(arguments: argparse.Namespace) -> None:
     source = find_source(arguments)
     source.checkpoint()
 
-    from eval.run import check_tasks, run_tasks, total_work
+    from eval.run import find_tasks, run_tasks, total_work
 
-    check_tasks(names, arguments.include_path)
+    manager = find_tasks(names, arguments.include_path)
     lm, placement = load(arguments, source)
     out = arguments.out or Path("results") / f"{source.name}-{'-'.join(names)[:100]}.json"
     started = time.perf_counter()
@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace) -> None:
             names,
             num_fewshot=arguments.num_fewshot,
             limit=arguments.limit,
-            include_path=arguments.include_path,
+            manager=manager,
             answered=lambda requests: bar.update(requests * lm.world_size),
         )
     seconds = time.perf_counter() - started

@@ -91,7 +91,8 @@ def main(arguments: argparse.Namespace) -> None:
         "limit": arguments.limit,
         "dtype": placement.dtype,
     }
-    progress = _Progress(out, {"model": source.spec, **settings}, arguments.resume, write=lm.rank == 0)
+    files = [(file.name, (source.folder / file.name).stat().st_mtime_ns) for file in source.checkpoint().files]
+    progress = _Progress(out, {"model": source.spec, "files": files, **settings}, arguments.resume, write=lm.rank == 0)
     lm.barrier()  # the others have read what was finished before the first one writes
     progress.start()
     missing = [subject for subject in subjects if subject.name not in progress.finished]

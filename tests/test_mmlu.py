@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import yaml
 from tiny import ROOT
 
 from eval.errors import DataError
-from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, read_mmlu, tasks, quick_and_quiet
-from eval.results import Answer, macro, read_results, score
+from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, Subject, partial, quick_and_quiet, read_mmlu, tasks
+from eval.results import Answer, macro, question_text, read_results, score
 
 ODD = ("None", "nan", 'with "quotes"', "with, comma")  # options that data frame readers turn into something else
 
@@ -175,38 +176,95 @@ def test_from_a_merge_to_a_comparison(run, tmp_path):
 
 
 def test_resume_keeps_finished_subjects(run, tmp_path):
+    """A run that was stopped after its first subject: that subject's answers, made recognisable, are in the result."""
     data = write_archive(tmp_path / "mmlu")
     common = ("--model", "tiny:llama3-8b", "--data-dir", data, "--num-fewshot", 1, "--out", "r.json")
-    run("eval_mmlu", *common, "--subjects", "anatomy,virology")
-    whole = (run.folder / "r.json").read_text()
-    # The same run, stopped after its first subject: its answers are made recognisable.
-    from eval.mmlu import question_set
-    from eval.run import task_version
-
-    settings = {
-        "model": "tiny:llama3-8b", "task": "mmlu", "task_version": task_version("anatomy"),
-        "question_set": question_set(read_mmlu(data, ["anatomy", "virology"])), "num_fewshot": 1, "limit": None,
-        "dtype": "bfloat16",
-    }  # fmt: skip
+    common += ("--subjects", "anatomy,virology")
+    run("eval_mmlu", *common)
+    whole = json.loads((run.folder / "r.json").read_text())
+    progress = run.folder / "r.progress.jsonl"
+    # What the script writes first is taken from the script, by stopping it where it cannot go on.
+    (run.folder / "r.parquet").unlink()
+    (run.folder / "r.parquet").mkdir()
+    run("eval_mmlu", *common, status=1)
+    lines = progress.read_text().splitlines()
     kept = [{"subject": "anatomy", "index": i, "logprobs": [-1, -2, -3, -4], "prediction": 0, "target": 0} for i in range(6)]
-    lines = [json.dumps(settings, sort_keys=True), json.dumps({"subject": "anatomy", "answers": kept}), '{"subject": "viro']
-    (run.folder / "r.progress.jsonl").write_text("\n".join(lines))
-    run("eval_mmlu", *common, "--subjects", "anatomy,virology", "--resume")
+    progress.write_text("\n".join([lines[0], json.dumps({"subject": "anatomy", "answers": kept}), '{"subject": "viro']))
+    (run.folder / "r.parquet").rmdir()
+    run("eval_mmlu", *common, "--resume")
     record, answers = read_results(run.folder / "r.json")
     assert record["scores"]["subjects"]["anatomy"]["acc"] == 1.0
-    assert record["scores"]["subjects"]["virology"] == json.loads(whole)["scores"]["subjects"]["virology"]
+    assert record["scores"]["subjects"]["virology"] == whole["scores"]["subjects"]["virology"]
     assert len(answers) == 12
-    (run.folder / "r.progress.jsonl").write_text(lines[0] + "\n")
-    done = run("eval_mmlu", *common, "--subjects", "anatomy", "--resume", status=1)
+    progress.write_text(lines[0] + "\n")
+    done = run("eval_mmlu", *common, "--resume", "--num-fewshot", 2, status=1)
     assert "is of a run with other options" in done.stderr
+
+
+def test_from_the_hub(tmp_path, monkeypatch):
+    """datasets' own loading, from a folder that has the repository's name."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    (subject,) = read_mmlu(write_archive(tmp_path / "csv"), ["virology"])
+    repository = tmp_path / "cais" / "mmlu"
+    (repository / "virology").mkdir(parents=True)
+    for split in ("dev", "test"):
+        rows = [
+            {"question": q.question, "subject": "virology", "choices": list(q.choices), "answer": q.answer}
+            for q in getattr(subject, split)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), repository / "virology" / f"{split}-00000-of-00001.parquet")
+    files = "".join(f"  - split: {split}\n    path: virology/{split}-*\n" for split in ("dev", "test"))
+    (repository / "README.md").write_text(f"---\nconfigs:\n- config_name: virology\n  data_files:\n{files}---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert read_mmlu(None, ["virology"]) == [subject]
+    with pytest.raises(DataError, match=r"cais/mmlu \(anatomy\) cannot be had from the Hub or its cache .*; give --data-dir"):
+        read_mmlu(None, ["anatomy"])
+
+
+def test_the_reference_convention(tmp_path):
+    """Two blanks, nothing stripped, and options as a data frame reader returns them."""
+    folder = write_archive(tmp_path)
+    path = folder / "test" / "anatomy_test.csv"
+    path.write_text(' Question with blanks ,None,NA,5,"x, y",B\n' + path.read_text())
+    (subject,) = read_mmlu(folder, ["anatomy"])
+    assert subject.test[0].choices == ("None", "NA", "5", "x, y")
+    (task,) = tasks([subject], 1, "reference")
+    with quick_and_quiet():
+        task.build_all_requests(limit=1)
+    context, letter = task.instances[1].args
+    head = "The following are multiple choice questions (with answers) about  anatomy.\n\n"
+    assert context.startswith(f"{head}Question 0 of anatomy?\nSecond line.\nA. nan\nB. nan\nC. with")
+    assert context.endswith("Answer: D\n\n Question with blanks \nA. nan\nB. nan\nC. 5\nD. x, y\nAnswer:")
+    assert letter == " B"  # PrefixLM(letters_apart=True) scores it without the blank
+
+
+def test_parts_are_named(tmp_path):
+    subjects = read_mmlu(write_archive(tmp_path), ["anatomy", "virology"])
+    assert partial(subjects) == "12 of 14,042 questions, 2 of 57 subjects, 10 of 285 examples"
+    assert partial(subjects, 4).startswith("8 of")
+    whole = [Subject(name, subjects[0].dev, subjects[0].test[:1]) for name in SUBJECTS]
+    whole[0] = Subject(SUBJECTS[0], subjects[0].dev, subjects[0].test[:1] * (14_042 - 56))
+    assert partial(whole) is None
+
+
+def test_question_text_over_tokens_and_over_subjects():
+    answers = [Answer(s, 0, (0.0,) * 4, 0, 0, nll, tokens) for s, nll, tokens in (("a", 8.0, 4), ("a", 4.0, 4), ("b", 2.0, 2))]
+    found = question_text(answers)
+    assert found["perplexity"] == pytest.approx(math.exp(14 / 10))
+    assert found["macro_perplexity"] == pytest.approx((math.exp(12 / 8) + math.exp(1)) / 2)
+    assert question_text([Answer("a", 0, (0.0,) * 4, 0, 0)]) is None
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
         ([], 2, "give --model"),
-        (["--model", "tiny:llama3-8b", "--batch-size", "x"], 2, "expected a number of tokens or auto"),
+        (["--model", "tiny:llama3-8b", "--batch-size", "x"], 2, "expected a positive number of prompts, or auto"),
         (["--model", "tiny:llama3-8b", "--subjects", "anatomie"], 1, "did you mean anatomy"),
+        (["--model", "tiny:llama3-8b", "--limit", "0"], 2, "--limit is 0, expected a positive number"),
         (["--model", "nothing/here"], 1, "HF_HUB_OFFLINE is set"),
         (["--model", "tiny:llama3-8b", "--data-dir", "none"], 1, "neither test/"),
         (["--model", "tiny:llama3-8b", "--data-dir", "none", "--text", "none.txt"], 1, "neither test/"),
