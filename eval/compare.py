@@ -11,6 +11,9 @@ from .stats import Paired, holm, paired
 MUST_AGREE = ("task", "task_version", "convention", "question_set", "num_fewshot", "limit")
 
 
+DROPPING = ("drop", "drop-last", "drop-keep-last")
+
+
 @dataclass(frozen=True)
 class Difference:
     """The second model minus the first on one set of questions; `adjusted_p` counts how many sets were tested together."""
@@ -35,6 +38,23 @@ def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], names:
                 f"{names[0]} and {names[1]} cannot be compared: {key} is {first.get(key)!r} and {second.get(key)!r}; "
                 "evaluate both with the same options"
             )
+
+
+def missing_controls(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is not among these results and should be: the original, and layers simply dropped at each merge's depth."""
+    plans = [record.get("plan") for record in records]
+    missing = []
+    if None not in plans:
+        missing.append("no original model (results of a model without a plan)")
+    dropped = {len(plan["rows"]) for plan in plans if plan and plan["method"] in DROPPING}
+    for plan in plans:
+        if plan and plan["method"] not in DROPPING and len(plan["rows"]) not in dropped:
+            depth, layers = len(plan["rows"]), plan["num_hidden_layers"]
+            missing.append(
+                f"no model with layers simply dropped to {depth}, the control of {plan['name']}: "
+                f"scripts/merge.py --method drop-last --layers {layers - depth}"
+            )
+    return list(dict.fromkeys(missing))
 
 
 def differences(first: Sequence[Answer], second: Sequence[Answer], seed: int = 0) -> list[Difference]:

@@ -4,10 +4,11 @@ import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from _cli import UsageError, parser, run
 
-from eval.compare import Difference, check_comparable, differences, flipped
+from eval.compare import Difference, check_comparable, differences, flipped, missing_controls
 from eval.results import read_results
 
 EXAMPLES = """\
@@ -35,12 +36,15 @@ def main(arguments: argparse.Namespace) -> None:
     for other, second, _ in read[1:]:
         check_comparable(record, second, (str(path), str(other)))
     compared = {other: differences(answers, theirs, arguments.seed) for other, _, theirs in read[1:]}
+    missing = missing_controls([record for _, record, _ in read])
     if arguments.json:
-        print(json.dumps({str(other): [_values(one) for one in found] for other, found in compared.items()}, indent=2))
+        values = {str(other): [_values(one) for one in found] for other, found in compared.items()}
+        print(json.dumps({"reference": str(path), "differences": values, "missing": missing}, indent=2))
         return
-    print(f"reference: {path}  micro accuracy {record['scores']['micro']['acc']:.4f}{_perplexity(record)}")
+    print(f"reference {_summary(path, record, record)}")
+    print("differences are other - reference; p: exact McNemar, adjusted for the number of lines of its kind")
     for other, second, theirs in read[1:]:
-        print(f"\n{other}  micro accuracy {second['scores']['micro']['acc']:.4f}{_perplexity(second)}")
+        print(f"\n{_summary(other, second, record)}")
         groups = 1 + len(record["scores"]["groups"])
         for one in compared[other][: None if arguments.subjects else groups]:
             test = one.paired
@@ -52,16 +56,21 @@ def main(arguments: argparse.Namespace) -> None:
             lost, won = flipped(answers, theirs)
             for sign, found in (("-", lost), ("+", won)):
                 print(*(f"  {sign} {answer.subject} {answer.index}" for answer in found), sep="\n")
-    methods = [(other_record.get("plan") or {}).get("method") for _, other_record, _ in read]
-    if None not in methods:
-        print("\nmissing: no original model is among these (results of a model without a plan)")
-    if not any(method in ("drop", "drop-last", "drop-keep-last") for method in methods):
-        print("missing: no model with layers simply dropped is among these; without it a merge has no control")
+    print(*(f"missing: {control}" for control in missing), sep="\n")
 
 
-def _perplexity(record: dict) -> str:  # type: ignore[type-arg]
-    text = record.get("text")
-    return f", perplexity {text['perplexity']:.2f}" if text else ", perplexity not measured"
+def _summary(path: Path, record: dict[str, Any], reference: dict[str, Any]) -> str:
+    scores = record["scores"]
+    parts = [f"{path}: micro accuracy {scores['micro']['acc']:.4f}, macro {scores['macro']['acc']:.4f}"]
+    text, other = record.get("text"), reference.get("text") or {}
+    if text is None:
+        parts.append("perplexity not measured")
+    else:
+        same = all(text[key] == other.get(key) for key in ("file", "tokens", "window"))
+        parts.append(f"perplexity {text['perplexity']:.2f}" + ("" if same else f" (of another text, {text['file']})"))
+    if question := record.get("question_text"):
+        parts.append(f"of the questions {question['perplexity']:.2f}")
+    return ", ".join(parts)
 
 
 def _values(one: Difference) -> dict[str, object]:

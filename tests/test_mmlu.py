@@ -166,6 +166,11 @@ def test_from_a_merge_to_a_comparison(run, tmp_path):
     assert "missing" not in said
     alone = run("compare", "results/dropped.json", "results/dropped.json").stdout
     assert "missing: no original model" in alone
+    assert "layers simply dropped" not in alone
+    run("merge", "--method", "uniform", "--layers", 2, "--model", "tiny:llama3-8b", "--out", "merged")
+    run("eval_mmlu", "--model", "merged", *common)
+    said = run("compare", "results/merged.json", "results/dropped.json", "results/tiny-llama3-8b.json").stdout
+    assert "missing: no model with layers simply dropped to 30, the control of uniform-2" in said
 
     changed = json.loads((run.folder / "results" / "dropped.json").read_text())
     for key, value in (("question_set", "other"), ("task_version", "0"), ("num_fewshot", 5)):
