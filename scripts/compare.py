@@ -55,8 +55,10 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.flips:
             lost, won = flipped(answers, theirs)
             for sign, found in (("-", lost), ("+", won)):
-                print(*(f"  {sign} {answer.subject} {answer.index}" for answer in found), sep="\n")
-    print(*(f"missing: {control}" for control in missing), sep="\n")
+                for answer in found:
+                    print(f"  {sign} {answer.subject} {answer.index}")
+    for control in missing:
+        print(f"missing: {control}")
 
 
 def _summary(path: Path, record: dict[str, Any], reference: dict[str, Any]) -> str:
