@@ -11,3 +11,7 @@ class DataError(EvalError, ValueError):
 
 class LoadError(EvalError, OSError):
     """A model that cannot be loaded for scoring."""
+
+
+class TrialError(EvalError, ValueError):
+    """A trial on cached states that cannot be made: the model or the plan does not allow it."""

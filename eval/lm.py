@@ -324,16 +324,19 @@ class PrefixLM(HFLM):
         self.work.tokens_run += len(pack.tokens)
         return logits
 
-    def _masks(self, pack: Pack, past: int) -> "torch.Tensor | dict[str, torch.Tensor]":
-        """Additive attention masks [1, 1, S, past + S]: the whole prefix and a node's ancestors, within each layer's window."""
+    def _masks(self, pack: Pack, past: int, rows: list[int] | None = None) -> "torch.Tensor | dict[str, torch.Tensor]":
+        """Additive attention masks [1, 1, R, past + S] for the nodes `rows` (default: all S), for each kind of attention: a
+        node sees the whole prefix and its ancestors, within the layer's window.
+        """
         device = self.device
         size = len(pack.tokens)
         index = torch.arange(size, device=device)
+        row = index if rows is None else torch.tensor(rows, device=device)
         end = torch.tensor(pack.end, device=device)
         depth = torch.tensor(pack.depth, device=device)
-        ancestor = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])  # [i, j]: j is i or above it
-        seen = torch.cat([torch.ones(size, past, dtype=torch.bool, device=device), ancestor], dim=1)
-        distance = depth[:, None] - torch.cat([torch.arange(past, device=device), depth])[None, :]
+        ancestor = (index[None, :] <= row[:, None]) & (row[:, None] < end[None, :])  # [i, j]: j is i or above it
+        seen = torch.cat([torch.ones(len(row), past, dtype=torch.bool, device=device), ancestor], dim=1)
+        distance = depth[row][:, None] - torch.cat([torch.arange(past, device=device), depth])[None, :]
 
         def additive(allowed: torch.Tensor) -> torch.Tensor:
             mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=device)
