@@ -1,7 +1,7 @@
 """A trial of a plan on cached hidden states: only the changed layers are run, and of the last one only what is scored.
 
     cut         the first row of a plan that changes anything; below it every plan gives the same hidden states
-    states      hidden states entering row `cut`, one [tokens, D] per shared prefix and per pack of a prefix tree (eval/tree)
+    states      hidden states entering row `cut`, one [tokens, D] for each shared prefix and the packs after it (eval/tree)
     answer      a scored position: after it comes a letter, or the next token of a text; A of them
     tail        what the rows from `cut` on run: for each, its base layer's module with some of its weights replaced
 
@@ -31,6 +31,7 @@ from .lm import PrefixLM
 from .tree import Limits, Pack
 from .tree import plan as prefix_trees
 
+BATCH_TOKENS = 2**15  # keys and values that are side by side in one call of the last layer
 HEAD_ROWS = 256  # answers whose logits over the whole vocabulary exist at a time
 
 
@@ -43,22 +44,28 @@ class LayerWeights:
 
 
 @dataclass
-class PackStates:
-    """A pack with its hidden states [S, D]; `rows[i]` is the node of the answer whose number is `answers[i]`."""
+class PackAnswers:
+    """A pack whose tokens are at `start` and after in its cluster; answer number `answers[i]` is at node `rows[i]`."""
 
     pack: Pack
-    hidden: torch.Tensor
+    start: int
     rows: list[int]
     answers: list[int]
-    masks: dict[bool, Any] = field(default_factory=dict)  # of the answers' rows, made once
 
 
 @dataclass
 class ClusterStates:
-    """The hidden states of a shared prefix [P, D] (None without one) and of the packs that continue it."""
+    """Hidden states [N, D] of a shared prefix (its first `past` tokens; 0 without one) and of the packs that continue it."""
 
-    prefix: torch.Tensor | None
-    packs: list[PackStates]
+    hidden: torch.Tensor
+    past: int
+    packs: list[PackAnswers]
+    made: dict[str, Any] = field(default_factory=dict)  # what depends on the states alone, made by the first trial
+
+    @property
+    def depth(self) -> list[int]:
+        """Position of every token in its sequence."""
+        return [*range(self.past), *(position for pack in self.packs for position in pack.pack.depth)]
 
 
 @dataclass
@@ -72,43 +79,54 @@ class States:
     @property
     def nbytes(self) -> int:
         """Size of the hidden states."""
-        return sum(hidden.nbytes for _, hidden in self._tensors())
+        return sum(cluster.hidden.nbytes for cluster in self.clusters)
 
     @property
     def num_tokens(self) -> int:
         """Tokens whose hidden states are kept."""
-        return sum(len(hidden) for _, hidden in self._tensors())
+        return sum(len(cluster.hidden) for cluster in self.clusters)
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file."""
         save_file = importlib.import_module("safetensors.torch").save_file
-        shape = [[vars(pack.pack) | {"rows": pack.rows, "answers": pack.answers} for pack in c.packs] for c in self.clusters]
+        shape = [
+            {"past": cluster.past, "packs": [vars(pack) | {"pack": vars(pack.pack)} for pack in cluster.packs]}
+            for cluster in self.clusters
+        ]
         metadata = {"cut": str(self.cut), "num_answers": str(self.num_answers), "clusters": json.dumps(shape)}
         scratch = path.with_name(path.name + ".partial")
-        save_file({name: hidden.contiguous() for name, hidden in self._tensors()}, scratch, metadata)
+        save_file({str(i): cluster.hidden for i, cluster in enumerate(self.clusters)}, scratch, metadata)
         scratch.replace(path)
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "States":
         """What `save` wrote."""
         with importlib.import_module("safetensors").safe_open(path, "pt", device=device) as file:
-            metadata, names = file.metadata(), set(file.keys())
-            clusters = []
-            for c, packs in enumerate(json.loads(metadata["clusters"])):
-                found = []
-                for p, values in enumerate(packs):
-                    rows, answers = values.pop("rows"), values.pop("answers")
-                    found.append(PackStates(Pack(**values), file.get_tensor(f"{c}.{p}"), rows, answers))
-                prefix = file.get_tensor(f"{c}.prefix") if f"{c}.prefix" in names else None
-                clusters.append(ClusterStates(prefix, found))
+            metadata = file.metadata()
+            clusters = [
+                ClusterStates(
+                    file.get_tensor(str(i)),
+                    shape["past"],
+                    [PackAnswers(**pack | {"pack": Pack(**pack["pack"])}) for pack in shape["packs"]],
+                )
+                for i, shape in enumerate(json.loads(metadata["clusters"]))
+            ]
         return cls(int(metadata["cut"]), clusters, int(metadata["num_answers"]))
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for c, cluster in enumerate(self.clusters):
-            if cluster.prefix is not None:
-                yield f"{c}.prefix", cluster.prefix
-            for p, pack in enumerate(cluster.packs):
-                yield f"{c}.{p}", pack.hidden
+
+@dataclass(frozen=True)
+class _Batch:
+    """Some packs of a cluster side by side, as the last layer takes them; shorter ones are padded with their first entry.
+
+    rows: [B, R] tokens of the cluster that are answers. keys: [B, T] tokens that its answers may see. real: [B, R], whether a
+    row is an answer and not padding. masks: for each kind of attention, [B, 1, R, T]. depth: [B, R].
+    """
+
+    rows: torch.Tensor
+    keys: torch.Tensor
+    real: torch.Tensor
+    masks: Any
+    depth: torch.Tensor
 
 
 class Tail:
@@ -162,15 +180,15 @@ class Tail:
         try:
             for cluster in prefix_trees(inputs, first, limits):
                 cache = self.lm._encode(cluster.prefix) if cluster.prefix else None
-                prefix = kept.pop() if cluster.prefix else None
                 packs = []
                 for pack in cluster.packs:
                     rows = [node for path in pack.paths for node in path]
                     answers = [number[k] + i for k, path in zip(pack.inputs, pack.paths, strict=True) for i in range(len(path))]
+                    packs.append(PackAnswers(pack, sum(map(len, kept)), rows, answers))
                     seen(answers, self.lm._forward(pack, cache, len(cluster.prefix), rows))
-                    packs.append(PackStates(pack, kept.pop(), rows, answers))
                     done(len(pack.tokens))
-                clusters.append(ClusterStates(prefix, packs))
+                clusters.append(ClusterStates(torch.cat(kept), len(cluster.prefix), packs))
+                kept.clear()
         finally:
             hook.remove()
         return States(cut, clusters, number[-1])
@@ -181,10 +199,10 @@ class Tail:
             raise TrialError("the plan changes no layer that is left; there is nothing to run on cached states")
         parts, order = [], []
         for cluster in states.clusters:
-            prefix, hidden = cluster.prefix, [pack.hidden for pack in cluster.packs]
+            hidden = cluster.hidden
             for layer in tail[:-1]:
-                prefix, hidden = self._whole(cluster, layer, prefix, hidden)
-            parts += self._last(cluster, tail[-1], prefix, hidden)
+                hidden = self._whole(cluster, layer, hidden)
+            parts += self._last(cluster, tail[-1], hidden)
             order += [answer for pack in cluster.packs for answer in pack.answers]
         found = torch.cat(parts)
         return found[torch.tensor(order, device=found.device).argsort()]
@@ -217,65 +235,109 @@ class Tail:
         pieces = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
         return torch.cat([some(rows, wanted) for rows, wanted in pieces])
 
-    def _whole(
-        self, cluster: ClusterStates, layer: LayerWeights, prefix: torch.Tensor | None, hidden: list[torch.Tensor]
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        """One layer on every token."""
-        past, record = 0, None
-        if prefix is not None:
-            past = len(prefix)
+    def _whole(self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
+        """One layer on every token of a cluster [N, D] -> [N, D]."""
+        past, record = cluster.past, None
+        result = []
+        if past:
             record = _Record()
             chain = Pack(end=[past] * past, depth=list(range(past)), tokens=[0] * past)
-            prefix = self._call(layer, prefix, chain.depth, record, self.lm._masks(chain, 0))
-        after = [
-            self._call(layer, one, pack.pack.depth, _After(record), self.lm._masks(pack.pack, past))
-            for one, pack in zip(hidden, cluster.packs, strict=True)
-        ]
-        return prefix, after
+            result.append(self._call(layer, hidden[None, :past], [chain.depth], record, self.lm._masks(chain, 0))[0])
+        for pack in cluster.packs:
+            one = hidden[None, pack.start : pack.start + len(pack.pack.tokens)]
+            masks = self.lm._masks(pack.pack, past)
+            result.append(self._call(layer, one, [pack.pack.depth], _After(record), masks)[0])
+        return torch.cat(result)
 
-    def _last(
-        self, cluster: ClusterStates, layer: LayerWeights, prefix: torch.Tensor | None, hidden: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def _last(self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor) -> list[torch.Tensor]:
         """The last layer at the answers of each pack."""
-        everything = hidden if prefix is None else [prefix, *hidden]
-        past = 0 if prefix is None else len(prefix)
-        depth = [*range(past), *(position for pack in cluster.packs for position in pack.pack.depth)]
-        capture = _Capture()
-        try:
-            self._call(self._without_queries(layer), torch.cat(everything), depth, capture, None)
-        except _StopHere:
-            pass
-        sizes = [len(one) for one in everything]
-        keys, values = (x.split(sizes, dim=-2) for x in (capture.keys, capture.values))
+        keys, values = self._keys_values(cluster, layer, hidden)
+        if "batches" not in cluster.made:
+            cluster.made["batches"] = list(self._batches(cluster))
         result = []
-        for i, pack in enumerate(cluster.packs):
-            own = i if prefix is None else i + 1
-            pair = (keys[own], values[own])
-            if prefix is not None:
-                pair = (torch.cat([keys[0], keys[own]], dim=-2), torch.cat([values[0], values[own]], dim=-2))
-            if not pack.masks:
-                pack.masks[True] = self.lm._masks(pack.pack, past, pack.rows)
-            rows = hidden[i][torch.tensor(pack.rows, device=hidden[i].device)]
-            result.append(
-                self._call(layer, rows, [pack.pack.depth[row] for row in pack.rows], _Return(*pair), pack.masks[True])
-            )
+        for batch in cluster.made["batches"]:
+            cache = _Return(*(x[0][:, batch.keys].transpose(0, 1) for x in (keys, values)))
+            result.append(self._call(layer, hidden[batch.rows], batch.depth, cache, batch.masks)[batch.real])
         return result
 
-    def _call(self, layer: LayerWeights, hidden: torch.Tensor, depth: Sequence[int], cache: Any, masks: Any) -> torch.Tensor:
-        """The layer's own forward on tokens [N, D] at positions `depth`."""
-        template = self._arguments(layer.base, max(depth) + 1)
-        position = torch.tensor(depth, device=hidden.device)
-        arguments = {k: v for k, v in template.items() if k not in ("cache_position", "hidden_states")}
-        arguments |= {"past_key_values": cache, "use_cache": True, "position_ids": position[None]}
-        if "position_embeddings" in template:
-            arguments["position_embeddings"] = tuple(t.index_select(1, position) for t in template["position_embeddings"])
-        if "cache_position" in template:
-            arguments["cache_position"] = position
-        per_kind = isinstance(masks, dict)
-        arguments["attention_mask"] = masks[self.model.config.layer_types[layer.base]] if per_kind else masks
-        found = functional_call(self.layers[layer.base], dict(layer.changed), (hidden[None],), arguments)
-        output: torch.Tensor = (found[0] if isinstance(found, tuple) else found)[0]
+    def _keys_values(
+        self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of every token of a cluster in one layer, each [1, heads, N, head_dim]."""
+        capture, short = _Capture(), self._without_queries(layer)
+        if "depth" not in cluster.made:
+            cluster.made["depth"] = torch.tensor([cluster.depth], device=hidden.device)
+        module = self.layers[layer.base]
+        norm = getattr(module, "input_layernorm", None)
+        try:
+            if (
+                norm is None
+                or hidden is not cluster.hidden
+                or any(name.startswith("input_layernorm.") for name in layer.changed)
+            ):
+                self._call(short, hidden[None], cluster.made["depth"], capture, None)
+            else:
+                # The first layer above the cut gets the same input in every trial, and most plans leave its norm alone.
+                name = f"normed {layer.base}"
+                if name not in cluster.made:
+                    with torch.no_grad():
+                        cluster.made[name] = norm(hidden[None])
+                attention = {k.removeprefix("self_attn."): v for k, v in short.changed.items() if k.startswith("self_attn.")}
+                arguments = self._at(layer.base, cluster.made["depth"], capture, None)
+                functional_call(module.self_attn, attention, (), {"hidden_states": cluster.made[name], **arguments})
+        except _StopHere:
+            pass
+        return capture.keys, capture.values
+
+    def _batches(self, cluster: ClusterStates) -> Iterator[_Batch]:
+        """The packs of a cluster, as many side by side as stay within BATCH_TOKENS keys and values."""
+        device, past = cluster.hidden.device, cluster.past
+        longest = past + max(len(pack.pack.tokens) for pack in cluster.packs)
+        size = max(1, BATCH_TOKENS // longest)
+        for first in range(0, len(cluster.packs), size):
+            packs = cluster.packs[first : first + size]
+            most = max(len(pack.rows) for pack in packs)
+            length = past + max(len(pack.pack.tokens) for pack in packs)
+            rows = torch.zeros(len(packs), most, dtype=torch.long, device=device)
+            depth, real = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
+            keys = torch.zeros(len(packs), length, dtype=torch.long, device=device)
+            found: dict[str | None, list[torch.Tensor]] = {}
+            for i, pack in enumerate(packs):
+                nodes, count = len(pack.pack.tokens), len(pack.rows)
+                at = torch.tensor(pack.rows, device=device)
+                rows[i] = pack.start + at[0]
+                rows[i, :count] = pack.start + at
+                depth[i] = pack.pack.depth[pack.rows[0]]
+                depth[i, :count] = torch.tensor(pack.pack.depth, device=device)[at]
+                real[i, :count] = True
+                keys[i, :past] = torch.arange(past, device=device)
+                keys[i, past : past + nodes] = torch.arange(pack.start, pack.start + nodes, device=device)
+                masks = self.lm._masks(pack.pack, past, pack.rows + [pack.rows[0]] * (most - count))
+                for kind, mask in masks.items() if isinstance(masks, dict) else [(None, masks)]:
+                    hide = torch.finfo(mask.dtype).min
+                    found.setdefault(kind, []).append(torch.nn.functional.pad(mask, (0, length - past - nodes), value=hide))
+            whole = {kind: torch.cat(several) for kind, several in found.items()}
+            yield _Batch(rows, keys, real, whole[None] if None in whole else whole, depth)
+
+    def _call(self, layer: LayerWeights, hidden: torch.Tensor, depth: Any, cache: Any, masks: Any) -> torch.Tensor:
+        """The layer's own forward on [B, T, D] at positions `depth` [B, T]."""
+        arguments = self._at(layer.base, torch.as_tensor(depth, device=hidden.device), cache, masks)
+        found = functional_call(self.layers[layer.base], dict(layer.changed), (hidden,), arguments)
+        output: torch.Tensor = found[0] if isinstance(found, tuple) else found
         return output
+
+    def _at(self, base: int, position: torch.Tensor, cache: Any, masks: Any) -> dict[str, Any]:
+        """The arguments that the model gives to layer `base`, for tokens at `position` [B, T]."""
+        template = self._arguments(base, int(position.max()) + 1)
+        arguments = {k: v for k, v in template.items() if k not in ("cache_position", "hidden_states")}
+        arguments |= {"past_key_values": cache, "use_cache": True, "position_ids": position}
+        if "position_embeddings" in template:
+            arguments["position_embeddings"] = tuple(table[0][position] for table in template["position_embeddings"])
+        if "cache_position" in template:
+            arguments["cache_position"] = position[0]
+        per_kind = isinstance(masks, dict)
+        arguments["attention_mask"] = masks[self.model.config.layer_types[base]] if per_kind else masks
+        return arguments
 
     def _without_queries(self, layer: LayerWeights) -> LayerWeights:
         """The same layer with the query matrix cut down to one head of zeros, where queries have a matrix of their own."""
