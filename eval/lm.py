@@ -128,6 +128,22 @@ class PrefixLM(HFLM):
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """lm-eval's own, with every distinct text tokenised once and in batches; the token ids are the same."""
+        self._encode_texts(requests)
+        try:
+            answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.answered is not None)
+        finally:
+            self._encoded.clear()
+        return answers
+
+    def encode(self, requests: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+        """The token ids (context, continuation) that `loglikelihood` scores for requests with contexts."""
+        self._encode_texts(requests)
+        try:
+            return [self._encode_pair(*request.args) for request in requests]
+        finally:
+            self._encoded.clear()
+
+    def _encode_texts(self, requests: Sequence[Any]) -> None:
         texts: dict[str, None] = {}
         for context, continuation in (request.args for request in requests):
             if context:
@@ -142,11 +158,6 @@ class PrefixLM(HFLM):
         for start in range(0, len(plain), TOKENIZER_BATCH):
             batch = plain[start : start + TOKENIZER_BATCH]
             self._encoded |= dict(zip(batch, self.tokenizer(batch, **options)["input_ids"], strict=True))
-        try:
-            answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=disable_tqdm or self.answered is not None)
-        finally:
-            self._encoded.clear()
-        return answers
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         if add_special_tokens is None and not kwargs and string in self._encoded:

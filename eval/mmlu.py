@@ -28,6 +28,7 @@ LETTERS = "ABCD"
 CONVENTIONS = ("lm-eval", "reference")  # how questions are shown and letters scored; see `tasks`
 NUM_TEST, NUM_DEV = 14_042, 285  # questions of the whole set; five dev questions for each subject
 HUB_NAME = "cais/mmlu"
+ARCHIVE_NAMES = {"test": "test", "validation": "val"}  # split -> how the original archive spells it
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "stem": (
@@ -117,8 +118,8 @@ class Subject:
     test: tuple[Question, ...]
 
 
-def read_mmlu(folder: Path | None, subjects: Sequence[str] = ()) -> list[Subject]:
-    """The named subjects (all, if none is named), from a local folder or from the Hub.
+def read_mmlu(folder: Path | None, subjects: Sequence[str] = (), split: str = "test") -> list[Subject]:
+    """The named subjects (all, if none is named), from a local folder or from the Hub; `split` is test or validation.
 
     A folder holds dev/SUBJECT_dev.csv and test/SUBJECT_test.csv, as the original archive does, or dev.parquet and
     test.parquet with the columns of cais/mmlu.
@@ -134,16 +135,18 @@ def read_mmlu(folder: Path | None, subjects: Sequence[str] = ()) -> list[Subject
                 f"there is no MMLU subject {name!r}; did you mean {', '.join(near) or 'one of ' + ', '.join(SUBJECTS)}?"
             )
     if folder is None:
-        return [_from_hub(name) for name in wanted]
-    if (folder / "test.parquet").is_file():
-        splits = {split: _from_parquet(folder / f"{split}.parquet") for split in ("dev", "test")}
-        return [Subject(name, splits["dev"].get(name, ()), splits["test"].get(name, ())) for name in wanted]
-    if not (folder / "test").is_dir():
-        raise DataError(f"{folder} holds neither test/SUBJECT_test.csv nor test.parquet; expected the original MMLU archive")
-    read = {split: [folder / split / f"{name}_{split}.csv" for name in wanted] for split in ("dev", "test")}
+        return [_from_hub(name, split) for name in wanted]
+    if (folder / f"{split}.parquet").is_file():
+        splits = {one: _from_parquet(folder / f"{one}.parquet") for one in ("dev", split)}
+        return [Subject(name, splits["dev"].get(name, ()), splits[split].get(name, ())) for name in wanted]
+    short = ARCHIVE_NAMES[split]
+    if not (folder / short).is_dir():
+        raise DataError(
+            f"{folder} holds neither {short}/SUBJECT_{short}.csv nor {split}.parquet; expected the original MMLU archive"
+        )
+    read = {one: [folder / one / f"{name}_{one}.csv" for name in wanted] for one in ("dev", short)}
     return [
-        Subject(name, _from_csv(dev), _from_csv(test))
-        for name, dev, test in zip(wanted, read["dev"], read["test"], strict=True)
+        Subject(name, _from_csv(dev), _from_csv(test)) for name, dev, test in zip(wanted, read["dev"], read[short], strict=True)
     ]
 
 
@@ -281,7 +284,7 @@ def _from_parquet(path: Path) -> dict[str, tuple[Question, ...]]:
     return {name: tuple(questions) for name, questions in found.items()}
 
 
-def _from_hub(subject: str) -> Subject:
+def _from_hub(subject: str, split: str) -> Subject:
     datasets = importlib.import_module("datasets")
     try:
         data = datasets.load_dataset(HUB_NAME, subject)
@@ -289,7 +292,6 @@ def _from_hub(subject: str) -> Subject:
         first = re.sub(r"\s+", " ", str(error))[:200]
         raise DataError(f"{HUB_NAME} ({subject}) cannot be had from the Hub or its cache ({first}); give --data-dir") from error
     read = [
-        tuple(Question(row["question"], tuple(row["choices"]), row["answer"]) for row in data[split])
-        for split in ("dev", "test")
+        tuple(Question(row["question"], tuple(row["choices"]), row["answer"]) for row in data[one]) for one in ("dev", split)
     ]
     return Subject(subject, *read)

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from merge.blueprint import Blend, Output, make_blueprint
 from merge.checkpoint import Checkpoint
 from merge.plan import Plan
+from merge.space import Space
 
 from .errors import TrialError
 from .lm import PrefixLM
@@ -148,7 +149,7 @@ class Tail:
         self.weights = [dict(layer.named_parameters()) for layer in self.layers]
         self._tables: list[dict[str, Any]] = []
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def capture(
         self,
         inputs: Sequence[Sequence[int]],
@@ -253,7 +254,8 @@ class Tail:
         """The last layer at the answers of each pack."""
         keys, values = self._keys_values(cluster, layer, hidden)
         if "batches" not in cluster.made:
-            cluster.made["batches"] = list(self._batches(cluster))
+            with _plain():
+                cluster.made["batches"] = list(self._batches(cluster))
         result = []
         for batch in cluster.made["batches"]:
             cache = _Return(*(x[0][:, batch.keys].transpose(0, 1) for x in (keys, values)))
@@ -266,7 +268,8 @@ class Tail:
         """Keys and values of every token of a cluster in one layer, each [1, heads, N, head_dim]."""
         capture, short = _Capture(), self._without_queries(layer)
         if "depth" not in cluster.made:
-            cluster.made["depth"] = torch.tensor([cluster.depth], device=hidden.device)
+            with _plain():
+                cluster.made["depth"] = torch.tensor([cluster.depth], device=hidden.device)
         module = self.layers[layer.base]
         norm = getattr(module, "input_layernorm", None)
         try:
@@ -280,7 +283,7 @@ class Tail:
                 # The first layer above the cut gets the same input in every trial, and most plans leave its norm alone.
                 name = f"normed {layer.base}"
                 if name not in cluster.made:
-                    with torch.no_grad():
+                    with _plain():
                         cluster.made[name] = norm(hidden[None])
                 attention = {k.removeprefix("self_attn."): v for k, v in short.changed.items() if k.startswith("self_attn.")}
                 arguments = self._at(layer.base, cluster.made["depth"], capture, None)
@@ -348,7 +351,6 @@ class Tail:
         stubs = {name: weight.new_zeros(head_dim, *weight.shape[1:]) for name, weight in queries.items()}
         return LayerWeights(layer.base, {**layer.changed, **stubs})
 
-    @torch.no_grad()
     def _arguments(self, layer: int, length: int) -> dict[str, Any]:
         """What the model hands to a layer, with rotary tables of at least `length` positions."""
         have = self._tables[0]["_length"] if self._tables else 0
@@ -356,7 +358,7 @@ class Tail:
             length = max(length, min(2 * have, self.lm.max_length), 256)
             ids = torch.zeros(1, length, dtype=torch.long, device=self.lm.device)
             probes = [_Probe(one) for one in self.layers]
-            with self._instead_of_layers(probes):
+            with self._instead_of_layers(probes), _plain():
                 self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
             self._tables = [probe.arguments | {"_length": length} for probe in probes]
         return {k: v for k, v in self._tables[layer].items() if k != "_length"}
@@ -370,6 +372,44 @@ class Tail:
             yield
         finally:
             self.decoder.layers, self.decoder.config.num_hidden_layers = before, count
+
+
+class Mixture:
+    """The rows of a search space from a cut on, with weights as sums that gradients flow through.
+
+    The layers that can be mixed in a row are kept stacked, one copy beside the model, so that a sum reads them once.
+    """
+
+    def __init__(self, tail: Tail, space: Space, cut: int) -> None:
+        self.rows = space.rows[cut:]
+        if any(row.mixed or row.base != i for i, row in enumerate(space.rows[:cut])):
+            raise TrialError(f"the space changes a row below {cut}, where the cached states enter")
+        names = [name for name in tail.weights[0] if name.rpartition(".")[0] in space.groups]
+        self.stacks = [
+            {name: torch.stack([tail.weights[layer][name].detach() for layer in row.layers]) for name in names}
+            for row in self.rows
+            if row.mixed
+        ]
+
+    def layers(self, mixes: Sequence[Mapping[str, torch.Tensor]]) -> list[LayerWeights]:
+        """The tail for coefficients of every mixed row (`Space.mixes`)."""
+        found, mixed = [], iter(zip(self.stacks, mixes, strict=True))
+        for row in self.rows:
+            changed = {}
+            if row.mixed:
+                stack, table = next(mixed)
+                # A tensor with bias and weight has one coefficient; sums are in float32 and rounded once, as in the executor.
+                changed = {
+                    name: torch.tensordot(table[name.rpartition(".")[0]].float(), layers.float(), dims=1).to(layers.dtype)
+                    for name, layers in stack.items()
+                }
+            found.append(LayerWeights(row.base, changed))
+        return found
+
+
+def first_mixed(space: Space) -> int:
+    """The first row that plans of the space may change."""
+    return next((i for i, row in enumerate(space.rows) if row.mixed or row.base != i), len(space.rows))
 
 
 def first_changed(plan: Plan) -> int:
@@ -428,6 +468,13 @@ def _blended(blend: Blend, source: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What stands in for the model's caches and layers
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Inside, tensors are made that later trials may take gradients through, whatever mode this trial is run in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _StopHere(Exception):  # noqa: N818 (not an error)

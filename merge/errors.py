@@ -30,3 +30,7 @@ class OutputError(MergeError, OSError):
 
 class VerificationError(MergeError, ValueError):
     """An output does not hold what its plan says."""
+
+
+class SearchError(MergeError, ValueError):
+    """A search that cannot be begun or continued."""

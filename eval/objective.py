@@ -1,0 +1,228 @@
+"""What a search minimises, on cached hidden states: nearness to the original model, labels, plain text, or sums of these.
+
+    kl      mean over questions of KL(original || fused) over the four options, in nats
+    ce      mean cross-entropy of the right letter among the four, in nats
+    text    mean negative log-likelihood per token of plain text, in nats
+    acc     one minus the accuracy (for black-box search only: it has no gradient)
+
+Questions and text come in three parts: what is searched on, what the winner is selected on, and what is reported.
+"""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .errors import DataError, TrialError
+from .lm import PrefixLM
+from .mmlu import LETTERS, Subject, quick_and_quiet, tasks
+from .run import TEXT_WINDOW
+from .trial import LayerWeights, States, Tail
+
+PARTS = ("search", "selection", "held-out")
+SHARES = (0.5, 0.25, 0.25)
+TARGETS: dict[str, dict[str, float]] = {
+    "kl": {"kl": 1.0},
+    "ce": {"ce": 1.0},
+    "text": {"text": 1.0},
+    "kl+text": {"kl": 1.0, "text": 0.2},
+    "ce+text": {"ce": 1.0, "text": 0.2},
+    "acc": {"acc": 1.0},
+}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Questions of one part as token ids; `ids` name them (subject, index)."""
+
+    ids: tuple[tuple[str, int], ...]
+    inputs: tuple[tuple[int, ...], ...]
+    targets: tuple[int, ...]
+    letters: tuple[int, int, int, int]
+
+
+@dataclass
+class Questions:
+    """Questions with the hidden states of a trial; `original`: the original model's log-probabilities [A, 4]."""
+
+    encoded: Encoded
+    states: States
+    original: torch.Tensor
+    targets: torch.Tensor
+
+
+@dataclass
+class Text:
+    """Windows of a text with the hidden states of a trial; `targets` [T] are the tokens to predict."""
+
+    states: States
+    targets: torch.Tensor
+    original_nll: float
+
+
+@dataclass
+class Part:
+    """What one part holds; either may be missing."""
+
+    questions: Questions | None
+    text: Text | None
+
+
+def split_questions(ids: Sequence[tuple[str, int]], seed: int) -> dict[str, list[tuple[str, int]]]:
+    """Parts of the questions, by subject so that every subject is in every part (as far as it has three questions)."""
+    found: dict[str, list[tuple[str, int]]] = {part: [] for part in PARTS}
+    subjects: dict[str, list[tuple[str, int]]] = {}
+    for one in ids:
+        subjects.setdefault(one[0], []).append(one)
+    for name, members in subjects.items():
+        shuffled = sorted(members)
+        random.Random(f"{seed} {name}").shuffle(shuffled)
+        a = max(1, round(SHARES[0] * len(shuffled)))
+        b = a + max(1, round(SHARES[1] * len(shuffled)))
+        for part, chosen in zip(PARTS, (shuffled[:a], shuffled[a:b], shuffled[b:]), strict=True):
+            found[part] += sorted(chosen)
+    return found
+
+
+def encode_questions(
+    lm: PrefixLM, subjects: Sequence[Subject], num_fewshot: int, limit: int | None, seed: int
+) -> dict[str, Encoded]:
+    """lm-eval's prompts of the questions as token ids, by part.
+
+    Raises:
+        TrialError: a letter is more than one token.
+    """
+    everything: dict[tuple[str, int], tuple[tuple[int, ...], int]] = {}
+    letters: tuple[int, ...] = ()
+    with quick_and_quiet():
+        for subject in subjects:
+            (task,) = tasks([subject], num_fewshot)
+            task.build_all_requests(limit=limit)
+            pairs = lm.encode(task.instances)
+            for instance, (context, continuation) in zip(task.instances, pairs, strict=True):
+                if len(continuation) != 1:
+                    raise TrialError(f"the letter {instance.args[1]!r} is {len(continuation)} tokens; trials need one each")
+                everything[subject.name, instance.doc_id] = (lm._input(context, continuation), int(instance.doc["answer"]))
+            found = tuple(continuation[0] for _, continuation in pairs[: len(LETTERS)])
+            if letters and found != letters:
+                raise TrialError("letters are different tokens after different questions, which trials cannot score")
+            letters = found
+    a, b, c, d = letters
+    return {
+        part: Encoded(tuple(ids), tuple(everything[i][0] for i in ids), tuple(everything[i][1] for i in ids), (a, b, c, d))
+        for part, ids in split_questions(list(everything), seed).items()
+    }
+
+
+def text_windows(
+    lm: PrefixLM, text: str, tokens_per_part: Sequence[int], window: int = TEXT_WINDOW
+) -> dict[str, list[list[int]]]:
+    """The text in windows of token ids, for each part its own stretch; the first token of a window is given.
+
+    Raises:
+        DataError: the text is too short.
+    """
+    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < sum(tokens_per_part):
+        raise DataError(f"the text has {len(ids):,} tokens, expected at least {sum(tokens_per_part):,}")
+    window = min(window, lm.max_length)
+    found, start = {}, 0
+    for part, count in zip(PARTS, tokens_per_part, strict=True):
+        found[part] = [ids[i : min(i + window, start + count)] for i in range(start, start + count, window)]
+        start += count
+    return {part: [one for one in windows if len(one) > 1] for part, windows in found.items()}
+
+
+def capture_questions(tail: Tail, encoded: Encoded, cut: int, done: Callable[[int], object] = lambda tokens: None) -> Questions:
+    """Runs the original model on the questions once."""
+    inputs = list(dict.fromkeys(encoded.inputs))
+    original = torch.empty(len(inputs), len(LETTERS))
+    letters = list(encoded.letters)
+
+    def seen(answers: list[int], logits: torch.Tensor) -> None:
+        original[answers] = torch.log_softmax(logits[:, letters].float(), -1).cpu()
+
+    states = tail.capture(inputs, [len(one) - 1 for one in inputs], cut, seen, done)
+    targets = dict(zip(encoded.inputs, encoded.targets, strict=True))
+    device = tail.lm.device
+    return Questions(encoded, states, original.to(device), torch.tensor([targets[one] for one in inputs], device=device))
+
+
+def capture_text(
+    tail: Tail, windows: Sequence[Sequence[int]], cut: int, done: Callable[[int], object] = lambda t: None
+) -> Text:
+    """Runs the original model on the windows once."""
+    inputs = list(dict.fromkeys(tuple(one[:-1]) for one in windows))
+    nexts = {tuple(one[:-1]): one[1:] for one in windows}
+    targets = torch.tensor([token for one in inputs for token in nexts[one]], device=tail.lm.device)
+    losses: list[float] = []
+
+    def seen(answers: list[int], logits: torch.Tensor) -> None:
+        for rows, chosen in zip(logits.split(256), torch.tensor(answers, device=targets.device).split(256), strict=True):
+            losses.append(float(torch.nn.functional.cross_entropy(rows.float(), targets[chosen], reduction="sum")))
+
+    states = tail.capture(inputs, [0] * len(inputs), cut, seen, done)
+    return Text(states, targets, math.fsum(losses) / len(targets))
+
+
+def loss(tail: Tail, layers: Sequence[LayerWeights], part: Part, weights: Mapping[str, float]) -> torch.Tensor:
+    """The weighted sum of terms on one part; gradients flow to the weights of `layers`."""
+    total = torch.zeros((), device=tail.lm.device)
+    if part.questions is not None and any(term in weights for term in ("kl", "ce", "acc")):
+        found = options(tail, layers, part.questions)
+        for term, value in question_terms(found, part.questions).items():
+            if term in weights:
+                total = total + weights[term] * value
+    if part.text is not None and "text" in weights:
+        total = total + weights["text"] * text_nll(tail, layers, part.text)
+    return total
+
+
+def options(tail: Tail, layers: Sequence[LayerWeights], questions: Questions) -> torch.Tensor:
+    """Log-probabilities [A, 4] of the letters among the four."""
+    hidden = tail.run(questions.states, layers)
+    return torch.log_softmax(tail.logits(hidden, questions.encoded.letters), -1)
+
+
+def question_terms(found: torch.Tensor, questions: Questions) -> dict[str, torch.Tensor]:
+    """kl, ce and acc of the module's head."""
+    right = found.argmax(-1) == questions.targets
+    return {
+        "kl": (questions.original.exp() * (questions.original - found)).sum(-1).mean(),
+        "ce": -found.gather(1, questions.targets[:, None]).mean(),
+        "acc": 1.0 - right.float().mean(),
+    }
+
+
+def text_nll(tail: Tail, layers: Sequence[LayerWeights], text: Text) -> torch.Tensor:
+    """Mean negative log-likelihood per token."""
+    return -tail.logprobs(tail.run(text.states, layers), text.targets).mean()
+
+
+@torch.inference_mode()
+def scores(tail: Tail, layers: Sequence[LayerWeights], part: Part) -> dict[str, Any]:
+    """What a plan reaches on one part: kl, ce, acc, agreement with the original, each with standard error; text perplexity."""
+    result: dict[str, Any] = {}
+    if part.questions is not None:
+        q = part.questions
+        found = options(tail, layers, q)
+        n = len(found)
+        kl = (q.original.exp() * (q.original - found)).sum(-1)
+        right = (found.argmax(-1) == q.targets).float()
+        agree = (found.argmax(-1) == q.original.argmax(-1)).float()
+        for name, values in (
+            ("kl", kl),
+            ("ce", -found.gather(1, q.targets[:, None])[:, 0]),
+            ("acc", right),
+            ("agreement", agree),
+        ):
+            result[name] = float(values.mean())
+            result[f"{name}_stderr"] = float(values.std() / math.sqrt(n)) if n > 1 else None
+        result["questions"] = n
+    if part.text is not None:
+        nll = float(text_nll(tail, layers, part.text))
+        result |= {"text_nll": nll, "perplexity": math.exp(min(nll, 700.0)), "text_tokens": len(part.text.targets)}
+    return result

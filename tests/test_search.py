@@ -1,0 +1,203 @@
+"""Spaces say what they mean, and searches find what was planted."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_trial import inputs, tail_of
+
+from eval.trial import Mixture, plan_tail
+from merge.errors import PlanError, SearchError
+from merge.methods import plan_dropping
+from merge.plan import Plan, chain, compose
+from merge.search import gradient_search, open_study, study_search
+from merge.space import Alphas, Coefficients, RowSpec, effective_dimensions, windows
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+               "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+unit = st.floats(0, 1, allow_nan=False)
+
+
+@given(st.lists(unit, min_size=1, max_size=5))
+def test_alphas_mean_what_a_plan_means(alphas):
+    """The tensors that gradients flow through are the closed form's coefficients."""
+    space = Alphas(chain([0.5] * len(alphas), 8), 8, PROJECTIONS)
+    order = torch.tensor(list(reversed(alphas)), dtype=torch.float64)
+    (mixes,) = space.mixes(order)
+    plan = space.plan(order.tolist(), "x")
+    assert plan.rows == compose(chain(alphas, 8), 8)
+    row = plan.rows[-1]
+    layers = space.rows[-1].layers
+    assert mixes["mlp.up_proj"].tolist() == pytest.approx([row.mix.get(layer, 0.0) for layer in layers], abs=1e-12)
+
+
+def test_alphas_start_from_every_layer():
+    space = Alphas(chain([0.5] * 3, 8), 8, PROJECTIONS)
+    rows = [space.plan(x.tolist(), name).rows[-1].mix for name, x in space.starts().items()]
+    assert rows == [{4: 1.0}, {5: 1.0}, {6: 1.0}, {7: 1.0}]
+
+
+def test_coefficients_make_the_same_plan():
+    rows = (RowSpec(0, (0,)), RowSpec(1, (1, 2)), RowSpec(3, (3,)))
+    space = Coefficients(rows, 4, ("mlp.up_proj", "input_layernorm"), "llama")
+    assert space.names == tuple(f"row 1 {g} layer {j}" for g in ("mlp.up_proj", "input_layernorm") for j in (1, 2))
+    plan = space.plan([1.5, -0.5, 0.5, -0.1], "x")
+    assert plan.rows[1].groups == {"mlp.up_proj": {1: 1.5, 2: -0.5}, "input_layernorm": {1: 0.5}}  # norms: none below zero
+    assert plan.rows[0].is_unit
+    gemma = Coefficients(rows, 4, ("input_layernorm",), "gemma2")
+    assert sum(gemma.plan([0.3, 0.3], "x").rows[1].groups["input_layernorm"].values()) == pytest.approx(1.0)
+    starts = [space.plan(x.tolist(), name).rows[1].groups["mlp.up_proj"] for name, x in space.starts().items()]
+    assert starts == [{1: 1.0}, {2: 1.0}]
+
+
+def test_windows_share_out_the_dropped_layers():
+    plan = plan_dropping([0, 3, 4, 7], 8)
+    assert [row.layers for row in windows(plan)] == [(0, 1), (2, 3, 4), (5,), (6, 7)]
+    assert [row.layers for row in windows(plan, reach=1)] == [(0, 1), (2, 3), (5,), (6, 7)]
+    with pytest.raises(PlanError, match="in their order"):
+        windows(Plan(tuple(reversed(plan.rows)), 8))
+
+
+def test_effective_dimensions():
+    assert effective_dimensions(chain([0.5], 4), 4) == pytest.approx(1.0)
+    assert 1.0 < effective_dimensions(chain([0.62] * 13, 32), 32) < 3.0
+    separate = [step for low in (0, 2, 4) for step in [type(chain([0.5], 4)[0])(low, low + 1, 0.5)]]
+    assert effective_dimensions(separate, 6) == pytest.approx(3.0)
+
+
+@pytest.fixture(scope="module")
+def problem(tiny_cache):
+    """A tiny Llama, hidden states below its top three layers, and a loss against the mixture with known numbers."""
+    from tiny import tiny_source
+
+    source = tiny_source("llama3-8b", tiny_cache)
+    tail = tail_of(source)
+    tokens, first = inputs()
+    states = tail.capture(tokens, first, 29)
+
+    def planted(space, x):
+        mixture = Mixture(tail, space, 29)
+
+        def logprobs(x):
+            return torch.log_softmax(tail.logits(tail.run(states, mixture.layers(space.mixes(x)))), -1)
+
+        with torch.no_grad():
+            goal = logprobs(torch.tensor(x))
+        return lambda x: (goal.exp() * (goal - logprobs(x))).sum(-1).mean()
+
+    planted.tail, planted.states, planted.checkpoint = tail, states, source.checkpoint()
+    return planted
+
+
+ALPHAS = [0.35, 0.8]  # 30 <- 31, then 29 <- 30
+
+
+def alphas_space():
+    return Alphas(chain([0.5, 0.5], 32), 32, PROJECTIONS)
+
+
+def test_a_mixture_is_the_plan(problem):
+    space = alphas_space()
+    plan = space.plan(ALPHAS, "planted")
+    mixture = Mixture(problem.tail, space, 29)
+    with torch.inference_mode():
+        one = problem.tail.run(problem.states, mixture.layers(space.mixes(torch.tensor(ALPHAS))))
+        two = problem.tail.run(problem.states, plan_tail(problem.tail, plan, problem.checkpoint, 29))
+    torch.testing.assert_close(one, two)
+
+
+def test_gradient_recovers_planted_alphas(problem):
+    found = gradient_search(alphas_space(), problem(alphas_space(), ALPHAS), steps=150, learning_rate=0.2)
+    assert found[0].x == pytest.approx(ALPHAS, abs=0.02)
+    assert found[0].loss < found[0].history[0]
+
+
+def test_gradient_recovers_planted_coefficients(problem):
+    rows = (*(RowSpec(i, (i,)) for i in range(29)), RowSpec(29, (29, 30, 31)))
+    space = Coefficients(rows, 32, ("self_attn.v_proj", "mlp.down_proj", "post_attention_layernorm"), "llama")
+    goal = [0.7, 0.2, -0.3, 0.1, 0.9, 0.4, 0.8, 0.1, 0.1]
+    found = gradient_search(space, problem(space, goal), steps=150, refine=1, learning_rate=0.05)
+    assert found[0].x[:6] == pytest.approx(goal[:6], abs=0.05)
+    # Norms of neighbours point almost the same way, so only the sum of their coefficients can be told.
+    assert sum(max(c, 0.0) for c in found[0].x[6:]) == pytest.approx(1.0, abs=0.05)
+    assert found[0].loss < 0.05 * found[0].history[0]
+
+
+@pytest.mark.parametrize("method", ["gp", "tpe"])
+def test_bayes_recovers_planted_alphas(method, problem):
+    planted = problem(alphas_space(), ALPHAS)
+
+    def loss(x):
+        with torch.no_grad():
+            return float(planted(x)), 0.0
+
+    study = open_study(None, "planted", {}, resume=False)
+    found = study_search(alphas_space(), loss, study, method=method, trials=40 if method == "gp" else 120)
+    assert found[0].x == pytest.approx(ALPHAS, abs=0.02 if method == "gp" else 0.1)
+
+
+def quadratic(x):
+    return float(((x - 0.3) ** 2).sum()), float(0.5 - x[0])  # the limit: x[0] at least 0.5
+
+
+def test_limits_are_kept():
+    study = open_study(None, "limited", {}, resume=False)
+    best = study_search(alphas_space(), quadratic, study, method="tpe", trials=60)[0]
+    assert best.x[0] >= 0.5
+    assert best.x[0] == pytest.approx(0.5, abs=0.1)
+
+
+def test_resumed_is_the_same_as_uninterrupted(tmp_path):
+    values = []
+    for name, parts in (("whole", [12]), ("parts", [5, 12])):
+        url = f"sqlite:///{tmp_path / name}.db"
+        for trials in parts:
+            study = open_study(url, "s", {"a": 1}, resume=trials != parts[0])
+            study_search(alphas_space(), quadratic, study, method="gp", trials=trials)
+        values.append([trial.params for trial in study.get_trials()])
+    assert values[0] == values[1]
+    with pytest.raises(SearchError, match="give --resume"):
+        open_study(url, "s", {"a": 1}, resume=False)
+    with pytest.raises(SearchError, match=r"made with other options \(a\)"):
+        open_study(url, "s", {"a": 2}, resume=True)
+    with pytest.raises(SearchError, match="cannot be opened"):
+        open_study("nonsense://x", "s", {}, resume=False)
+
+
+WORKER = """
+import sys, time, torch
+sys.path[:0] = {paths!r}
+from merge import search
+from test_search import alphas_space
+search.HEARTBEAT_S, search.GRACE_S = 1, 3
+def loss(x):
+    time.sleep(0.1)
+    return float(((x - 0.3) ** 2).sum()), 0.0
+study = search.open_study({url!r}, "s", {{}}, resume=True)
+search.study_search(alphas_space(), loss, study, method="tpe", trials=40)
+"""
+
+
+def test_two_workers_one_killed(tmp_path):
+    """The study ends with every trial complete once: the dead worker's trial is run again by the other."""
+    url = f"sqlite:///{tmp_path / 'two.db'}"
+    study = open_study(url, "s", {}, resume=True)
+    code = WORKER.format(paths=[p for p in sys.path if p], url=url)
+    workers = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code], stderr=subprocess.PIPE) for _ in range(2)]
+    while len(study.get_trials(deepcopy=False)) < 12:
+        time.sleep(0.1)
+        assert all(worker.poll() is None for worker in workers)
+    os.kill(workers[0].pid, signal.SIGKILL)
+    _, errors = workers[1].communicate(timeout=120)
+    workers[0].communicate()
+    assert workers[1].returncode == 0, errors.decode()[-2000:]
+    states = [trial.state.name for trial in study.get_trials()]
+    assert 40 <= states.count("COMPLETE") <= 41
+    complete = [tuple(sorted(t.params.items())) for t in study.get_trials() if t.state.name == "COMPLETE"]
+    assert len(set(complete)) == len(complete)  # none was counted twice
