@@ -1,0 +1,125 @@
+"""A search's problem: a model, a space, and questions and text in three parts, with the hidden states of all trials."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from merge.checkpoint import Checkpoint
+from merge.plan import Plan
+from merge.space import Space
+
+from .lm import PrefixLM
+from .mmlu import Subject
+from .objective import (
+    PARTS,
+    TARGETS,
+    Part,
+    capture_questions,
+    capture_text,
+    encode_questions,
+    loss,
+    scores,
+    text_nll,
+    text_windows,
+)
+from .trial import LayerWeights, Mixture, Tail, first_mixed, plan_tail
+
+LIMIT_WEIGHT = 10.0  # of what a gradient search pays per nat of text beyond its limit
+
+
+@dataclass
+class Problem:
+    """Everything a trial needs; `cut` is the first row that the space changes."""
+
+    tail: Tail
+    mixture: Mixture
+    cut: int
+    parts: dict[str, Part]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose hidden states are kept."""
+        return sum(one.states.num_tokens for part in self.parts.values() for one in (part.questions, part.text) if one)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the hidden states."""
+        return sum(one.states.nbytes for part in self.parts.values() for one in (part.questions, part.text) if one)
+
+    def weights(self, target: str, text_weight: float) -> dict[str, float]:
+        """The weight of every term of a target."""
+        terms = TARGETS[target]
+        return {term: text_weight if term == "text" and len(terms) > 1 else weight for term, weight in terms.items()}
+
+    def tail_of(self, space: Space, x: Sequence[float]) -> list[LayerWeights]:
+        """The changed layers for parameters."""
+        with torch.no_grad():
+            return self.mixture.layers(space.mixes(torch.tensor(x, device=self.tail.lm.device)))
+
+    def loss(self, space: Space, x: torch.Tensor, weights: dict[str, float], limit: float | None) -> torch.Tensor:
+        """The loss on the part that is searched on, with a penalty beyond the limit of the text's nats per token."""
+        layers = self.mixture.layers(space.mixes(x.to(self.tail.lm.device)))
+        value = loss(self.tail, layers, self.parts["search"], weights)
+        text = self.parts["search"].text
+        if limit is not None and text is not None:
+            value = value + LIMIT_WEIGHT * torch.relu(text_nll(self.tail, layers, text) - limit)
+        return value
+
+    def limited(self, space: Space, x: torch.Tensor, weights: dict[str, float], limit: float | None) -> tuple[float, float]:
+        """(loss, nats per token beyond the limit) on the part that is searched on."""
+        layers = self.tail_of(space, x.tolist())
+        over = 0.0 if limit is None else self.text_nll(layers, "search") - limit
+        return self.value(layers, "search", weights), over
+
+    @torch.inference_mode()
+    def value(self, layers: Sequence[LayerWeights], part: str, weights: dict[str, float]) -> float:
+        """The loss on a part."""
+        return float(loss(self.tail, layers, self.parts[part], weights))
+
+    @torch.inference_mode()
+    def text_nll(self, layers: Sequence[LayerWeights], part: str) -> float:
+        """Nats per token of the text of a part; infinite where there is none."""
+        text = self.parts[part].text
+        return float(text_nll(self.tail, layers, text)) if text is not None else math.inf
+
+    def scores(self, plan: Plan | None, checkpoint: Checkpoint, part: str) -> dict[str, Any]:
+        """What a plan reaches on a part; None is the original model."""
+        if plan is None:
+            layers = [LayerWeights(i, {}) for i in range(self.cut, checkpoint.num_hidden_layers)]
+        else:
+            layers = plan_tail(self.tail, plan, checkpoint, self.cut, allow_mixed_attention=True)
+        return scores(self.tail, layers, self.parts[part])
+
+
+def make_problem(
+    lm: PrefixLM,
+    space: Space,
+    subjects: Sequence[Subject],
+    text: str | None,
+    *,
+    num_fewshot: int,
+    limit: int | None,
+    seed: int,
+    text_tokens: int,
+    text_window: int,
+    done: Callable[[int], object] = lambda tokens: None,
+) -> Problem:
+    """Runs the model once over all questions and texts, and keeps what enters the first row that the space changes.
+
+    Args:
+        subjects: may be empty; then only text counts.
+        limit: questions per subject.
+        text_tokens: of the text for the search, and half as many for each of the other parts.
+        done: called with the number of tokens just run.
+    """
+    tail, cut = Tail(lm), first_mixed(space)
+    encoded = encode_questions(lm, subjects, num_fewshot, limit, seed) if subjects else {}
+    windows = text_windows(lm, text, [text_tokens, text_tokens // 2, text_tokens // 2], text_window) if text else {}
+    parts = {}
+    for part in PARTS:
+        questions = capture_questions(tail, encoded[part], cut, done) if encoded and encoded[part].ids else None
+        parts[part] = Part(questions, capture_text(tail, windows[part], cut, done) if windows else None)
+    return Problem(tail, Mixture(tail, space, cut), cut, parts)
