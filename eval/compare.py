@@ -11,6 +11,7 @@ from .stats import Paired, holm, paired
 MUST_AGREE = ("task", "task_version", "convention", "question_set", "num_fewshot", "limit")
 
 
+SIGNIFICANT = 0.05
 DROPPING = ("drop", "drop-last", "drop-keep-last")
 
 
@@ -27,7 +28,8 @@ class Difference:
         """What the interval allows to say."""
         if not self.paired.shown:
             return "no difference shown"
-        return "better" if self.paired.difference > 0 else "worse"
+        found = "better" if self.paired.difference > 0 else "worse"
+        return found if self.adjusted_p < SIGNIFICANT else f"{found}, but not after correction"
 
 
 def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> None:
@@ -46,12 +48,12 @@ def missing_controls(records: Sequence[Mapping[str, Any]]) -> list[str]:
     missing = []
     if None not in plans:
         missing.append("no original model (results of a model without a plan)")
-    dropped = {len(plan["rows"]) for plan in plans if plan and plan["method"] in DROPPING}
+    dropped = {len(plan["rows"]) for plan in plans if plan and plan.get("method") in DROPPING}
     for plan in plans:
-        if plan and plan["method"] not in DROPPING and len(plan["rows"]) not in dropped:
-            depth, layers = len(plan["rows"]), plan["num_hidden_layers"]
+        if plan and plan.get("method") not in DROPPING and len(plan["rows"]) not in dropped:
+            depth, layers = len(plan["rows"]), plan.get("num_hidden_layers", 0)
             missing.append(
-                f"no model with layers simply dropped to {depth}, the control of {plan['name']}: "
+                f"no model with layers simply dropped to {depth}, the control of {plan.get('name')}: "
                 f"scripts/merge.py --method drop-last --layers {layers - depth}"
             )
     return list(dict.fromkeys(missing))

@@ -15,3 +15,7 @@ class LoadError(EvalError, OSError):
 
 class TrialError(EvalError, ValueError):
     """A trial on cached states that cannot be made: the model or the plan does not allow it."""
+
+
+class ScoreError(EvalError, ValueError):
+    """A request that cannot be scored, or scores that are not numbers."""

@@ -20,6 +20,7 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .errors import ScoreError
 from .tree import UNLIMITED, Cluster, Limits, Pack, plan
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ CPU_FALLBACK_BATCH, GPU_FALLBACK_BATCH = 8, 64  # prompts per call where lm-eval
 TOKENIZER_BATCH = 1000  # texts per call of the tokenizer, which spreads them over the cores
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of log-probabilities against HFLM; other dtypes below
 LOW_PRECISION_TOLERANCE = 0.5  # bf16 logits around 16 are 0.125 apart, and batch shapes already move them by a few steps
+TOKENS_PER_TOLERANCE = 50  # rounding adds up: longer continuations may differ by as much for every so many tokens
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary frequencies that depend on the whole length of the input
+
+ALIBI = ("bloom", "mpt")  # model types whose positions are biases of the attention
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # strings for lm-eval's cache, context ids, continuation ids
 Answer = tuple[float, bool]  # log-probability of the continuation, whether greedy decoding would have written it
@@ -110,6 +114,8 @@ class PrefixLM(HFLM):
         logits_bytes = CPU_LOGITS_BYTES if on_cpu else GPU_LOGITS_BYTES
         self.pack_scored = max(1, logits_bytes // (self.model.config.get_text_config().vocab_size * self.model.dtype.itemsize))
         self.self_check = self_check
+        self._checking = False  # while a check runs, every mask is one of ours
+        self._checked = 0  # length of the longest request that was compared with HFLM
         self.letters_apart = letters_apart
         self.not_shared_because = self._obstacle()
         self.work = Work()
@@ -121,7 +127,10 @@ class PrefixLM(HFLM):
         """Why prefixes cannot be shared, as far as that can be seen without running; None if they may."""
         if self.backend != "causal":
             return "the model is not a causal language model"
-        rope = getattr(self.model.config, "rope_parameters", None) or {}
+        config = self.model.config.get_text_config()
+        if getattr(config, "alibi", False) or config.model_type in ALIBI:
+            return "its attention adds biases by position (ALiBi), which masks of prefix trees would replace"
+        rope = getattr(config, "rope_parameters", None) or {}
         if str(rope.get("rope_type", rope.get("type", ""))) in LENGTH_DEPENDENT_ROPE:
             return "its rotary frequencies depend on the length of the whole input"
         return None
@@ -134,6 +143,14 @@ class PrefixLM(HFLM):
         finally:
             self._encoded.clear()
         return answers
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self.answered is not None)
+        return found
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        found: list[str] = super().generate_until(requests, disable_tqdm=disable_tqdm or self.answered is not None)
+        return found
 
     def encode(self, requests: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
         """The token ids (context, continuation) that `loglikelihood` scores for requests with contexts."""
@@ -174,8 +191,10 @@ class PrefixLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
-        if self.not_shared_because is None and self.self_check and requests:
-            self.self_check = False
+        longest = max((len(context) + len(rest) for _, context, rest in requests), default=0)
+        if self.not_shared_because is None and self.self_check and longest > self._checked:
+            # Once more where inputs get longer: what goes wrong beyond a window is not seen on short ones.
+            self._checked = longest
             self.not_shared_because = self._check(requests)
             if self.not_shared_because is not None:
                 log.warning("prefixes are not shared: %s", self.not_shared_because)
@@ -223,35 +242,43 @@ class PrefixLM(HFLM):
                 self.batch_size_per_gpu //= 2
                 log.warning("out of memory: going on with %d prompts per call", self.batch_size_per_gpu)
                 continue
+            self.work.tokens_run += sum(map(len, {self._input(requests[k][1], requests[k][2]) for k in chosen}))
             for k in chosen:
                 done(k)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
 
     def _check(self, requests: list[Request]) -> str | None:
-        """The reason not to share prefixes, found by comparing the longest, the shortest and two neighbours with HFLM."""
+        """The reason not to share prefixes, found by comparing the longest, the shortest and some neighbours with HFLM."""
         order = sorted(range(len(requests)), key=lambda k: requests[k][1] + requests[k][2])
         lengths = sorted(range(len(requests)), key=lambda k: len(requests[k][1]) + len(requests[k][2]))
-        middle = len(order) // 2
-        chosen = list(dict.fromkeys([lengths[-1], lengths[0], *order[middle : middle + 2]]))
+        middle, longest = len(order) // 2, order.index(lengths[-1])
+        chosen = list(dict.fromkeys([*order[max(0, longest - 1) : longest + 1], lengths[0], *order[middle : middle + 2]]))
         sample = [(None, requests[k][1], requests[k][2]) for k in chosen]
         before = self.work
-        self.work = Work()
+        self.work, self._checking = Work(), True
         try:
             ours = self._score(sample, overhead=0)  # shares whatever can be shared
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, NotImplementedError) as error:
+        except Exception as error:  # whatever a model does that was not made for this; lm-eval can still score it
             reason = str(error).partition("\n")[0] or type(error).__name__
             return f"{type(self.model).__name__} cannot be run on packed prefix trees ({reason})"
         finally:
-            self.work = before
+            self.work, self._checking = before, False
         theirs = super()._loglikelihood_tokens(sample, disable_tqdm=True, override_bs=1)
-        worst = max(abs(one - two) for (one, _), (two, _) in zip(ours, theirs, strict=True))
         allowed = TOLERANCE.get(self.model.dtype, LOW_PRECISION_TOLERANCE)
-        return None if worst <= allowed else f"log-probabilities would differ from lm-eval's by {worst:.2g}"
+        for (one, _), (two, _), (_, _, rest) in zip(ours, theirs, sample, strict=True):
+            if abs(one - two) > allowed * max(1.0, len(rest) / TOKENS_PER_TOLERANCE):
+                return f"log-probabilities would differ from lm-eval's by {abs(one - two):.2g}"
+        return None
 
     def _score(
         self, requests: Sequence[Request], done: Callable[[int], object] = lambda k: None, overhead: int | None = None
     ) -> list[Answer]:
         """The answers to `requests`, in order; `done` is called with the index of each as it is answered."""
+        for _, _, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise ScoreError(
+                    f"a continuation has {len(continuation)} tokens, expected 1 to {self.max_length}, the model's window"
+                )
         keys = [self._input(context, continuation) for _, context, continuation in requests]
         inputs = list(dict.fromkeys(keys))
         number = {tokens: index for index, tokens in enumerate(inputs)}
@@ -324,10 +351,11 @@ class PrefixLM(HFLM):
     def _forward(self, pack: Pack, cache: list[FrozenLayer] | None, past: int, rows: list[int]) -> torch.Tensor:
         """Logits after the nodes `rows` of a pack, in the model's dtype: [len(rows), V]."""
         device = self.device
+        chain = not self._checking and past == 0 and pack.depth[0] == 0 and all(end == len(pack.tokens) for end in pack.end)
         logits: torch.Tensor = self.model(
             input_ids=torch.tensor([pack.tokens], device=device),
             position_ids=torch.tensor([pack.depth], device=device),
-            attention_mask=self._masks(pack, past),
+            attention_mask=None if chain else self._masks(pack, past),  # a single sequence is causal as the model makes it
             past_key_values=Cache(layers=list(cache)) if cache else None,
             use_cache=cache is not None,
             logits_to_keep=torch.tensor(rows, device=device),
@@ -347,20 +375,24 @@ class PrefixLM(HFLM):
         depth = torch.tensor(pack.depth, device=device)
         ancestor = (index[None, :] <= row[:, None]) & (row[:, None] < end[None, :])  # [i, j]: j is i or above it
         seen = torch.cat([torch.ones(len(row), past, dtype=torch.bool, device=device), ancestor], dim=1)
-        distance = depth[row][:, None] - torch.cat([torch.arange(past, device=device), depth])[None, :]
 
         def additive(allowed: torch.Tensor) -> torch.Tensor:
             mask = torch.zeros(allowed.shape, dtype=self.model.dtype, device=device)
             return mask.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)[None, None]
 
-        config = self.model.config
-        window = getattr(config, "sliding_window", None)
+        config = self.model.config.get_text_config()
+        window: int = getattr(config, "sliding_window", None) or 0
         kinds = getattr(config, "layer_types", None)
+
+        def within() -> torch.Tensor:
+            distance = depth[row][:, None] - torch.cat([torch.arange(past, device=device), depth])[None, :]
+            return seen & (distance < window)
+
         if kinds is None:
-            return additive(seen & (distance < window) if window else seen)
+            return additive(within() if window else seen)
         masks = {"full_attention": additive(seen)}
         if "sliding_attention" in kinds and window:
-            masks["sliding_attention"] = additive(seen & (distance < window))
+            masks["sliding_attention"] = additive(within())
         return masks
 
 

@@ -6,10 +6,11 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
+from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from merge.checkpoint import Checkpoint
@@ -35,7 +36,10 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     if processes > 1:
         if device not in ("auto", "cpu", "cuda"):
             raise LoadError(f"device is {device!r}, but each of {processes} processes has its own; use auto")
-        accelerator = Accelerator(cpu=device == "cpu" or not torch.cuda.is_available())
+        # While the first process measures text and writes, the others wait for as long as that takes.
+        patience = InitProcessGroupKwargs(timeout=timedelta(weeks=1))
+        on_cpu = device == "cpu" or not torch.cuda.is_available()
+        accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
         own_device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
     elements = Counter[str]()
     for tensor in checkpoint.tensors.values():
@@ -57,9 +61,11 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **loading)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, TypeError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise LoadError(f"{checkpoint.folder} cannot be loaded by transformers: {first or type(error).__name__}") from error
+    except Exception as error:  # the code of many model classes
+        if "offload_folder" in loading:
+            shutil.rmtree(loading["offload_folder"], ignore_errors=True)
+        first = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise LoadError(f"{checkpoint.folder} cannot be loaded by transformers ({first})") from error
     if "offload_folder" in loading:
         weakref.finalize(model, shutil.rmtree, loading["offload_folder"], ignore_errors=True)
     lm = PrefixLM(model.eval(), tokenizer=tokenizer, device=placement.device, accelerator=accelerator, **options)

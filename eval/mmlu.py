@@ -127,13 +127,21 @@ def read_mmlu(folder: Path | None, subjects: Sequence[str] = (), split: str = "t
     Raises:
         DataError: an unknown subject, a missing or malformed file (with file and row), or no network.
     """
-    wanted = list(subjects) or list(SUBJECTS)
+    wanted = list(dict.fromkeys(subjects)) or list(SUBJECTS)
     for name in wanted:
         if name not in SUBJECTS:
             near = difflib.get_close_matches(name, SUBJECTS, n=3, cutoff=0.4)
             raise DataError(
                 f"there is no MMLU subject {name!r}; did you mean {', '.join(near) or 'one of ' + ', '.join(SUBJECTS)}?"
             )
+    found = _read(folder, wanted, split)
+    empty = [subject.name for subject in found if not subject.test]
+    if empty:
+        raise DataError(f"{folder or HUB_NAME} has no {split} questions on {', '.join(empty)}")
+    return found
+
+
+def _read(folder: Path | None, wanted: Sequence[str], split: str) -> list[Subject]:
     if folder is None:
         return [_from_hub(name, split) for name in wanted]
     if (folder / f"{split}.parquet").is_file():
@@ -151,8 +159,10 @@ def read_mmlu(folder: Path | None, subjects: Sequence[str] = (), split: str = "t
 
 
 def question_set(subjects: Sequence[Subject]) -> str:
-    """A hash of all questions in order: results are comparable only if they agree in it."""
-    text = json.dumps([[s.name, [[q.question, q.choices, q.answer] for q in s.test]] for s in subjects])
+    """A hash of all questions and examples in order: results are comparable only if they agree in it."""
+    text = json.dumps(
+        [[s.name, [[[q.question, q.choices, q.answer] for q in questions] for questions in (s.dev, s.test)]] for s in subjects]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -248,7 +258,7 @@ def _through_data_frame(subject: Subject) -> Subject:
 def _from_csv(path: Path) -> tuple[Question, ...]:
     # The csv module keeps every option as text; a data frame reader would turn the option "None" into a missing value.
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.reader(file))
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
@@ -276,6 +286,9 @@ def _from_parquet(path: Path) -> dict[str, tuple[Question, ...]]:
         raise DataError(f"{path} cannot be read as MMLU (columns question, subject, choices, answer): {first}") from error
     found: dict[str, list[Question]] = {}
     for number, row in enumerate(rows, start=1):
+        texts = [row["question"], *(row["choices"] or ())]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{path}, row {number}: the question or a choice is not a text")
         if row["answer"] not in range(4) or len(row["choices"] or ()) != 4:
             raise DataError(
                 f"{path}, row {number}: answer {row['answer']!r} of {len(row['choices'] or ())} choices, expected 0-3 of 4"

@@ -1,9 +1,11 @@
 """What an evaluation leaves on disk: a JSON record of the scores and a parquet file with every answer beside it."""
 
+import hashlib
 import importlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from merge.errors import RecordError
 from merge.records import read_json
 
-from .errors import DataError
+from .errors import DataError, ScoreError
 from .mmlu import GROUPS
 from .stats import stderr
 
@@ -93,6 +95,7 @@ def question_text(answers: Sequence[Answer]) -> dict[str, Any] | None:
         "perplexity": _pooled(measured),
         "macro_perplexity": math.fsum(subjects) / len(subjects),
         "tokens": sum(answer.question_tokens for answer in measured),
+        "questions": len(measured),
     }
 
 
@@ -107,16 +110,38 @@ def _values(one: Score) -> dict[str, Any]:
 
 
 def write_results(path: Path, record: Mapping[str, Any], answers: Sequence[Answer]) -> None:
-    """Writes PATH (JSON) and the answers beside it (parquet); each file appears whole."""
+    """Writes PATH (JSON) and the answers beside it (parquet); each file appears whole.
+
+    Raises:
+        ScoreError: a log-probability is not a number.
+    """
+    broken = [answer for answer in answers if not all(map(math.isfinite, answer.logprobs))]
+    if broken:
+        where = f"{broken[0].subject}, question {broken[0].index}"
+        raise ScoreError(f"{len(broken)} answers are not numbers (first: {where}); the model's weights hold NaN or overflow")
     arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = arrow.Table.from_pylist([asdict(answer) | {"logprobs": list(answer.logprobs)} for answer in answers])
-    scratch = answers_path(path).with_suffix(".partial")
-    parquet.write_table(table, scratch)
-    scratch.replace(answers_path(path))
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **record}, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    with whole_file(answers_path(path)) as scratch:
+        parquet.write_table(table, scratch)
+        content = {"schema_version": SCHEMA_VERSION, "answers_sha256": _sha256(scratch), **record}
+    with whole_file(path) as scratch:
+        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A scratch name to write to, which becomes `path` at the end; nothing is left if writing fails."""
+    scratch = path.with_name(path.name + ".partial")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[Answer]]:
@@ -138,11 +163,17 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Answer]]:
     except (OSError, TypeError, KeyError, arrow.ArrowException) as error:
         first = str(error).partition("\n")[0]
         raise DataError(f"{answers_path(path)}: the answers that belong to {path.name} cannot be read: {first}") from error
-    if not answers or score(answers).acc != record["scores"]["micro"]["acc"]:
+    if not answers or _sha256(answers_path(path)) != record.get("answers_sha256"):
         raise DataError(f"{answers_path(path)} does not hold the answers that {path.name} was made from; evaluate again")
-    return record, answers
+    # Everything else that is read later follows from the answers, or is looked at here.
+    plan, text = record.get("plan"), record.get("text")
+    if plan is not None and not (isinstance(plan, dict) and isinstance(plan.get("rows"), list)):
+        raise DataError(f"{path}: 'plan' is not a plan; the file was changed, evaluate again")
+    if text is not None and not (isinstance(text, dict) and isinstance(text.get("perplexity"), float)):
+        raise DataError(f"{path}: 'text' is not what this release writes; the file was changed, evaluate again")
+    return record | {"scores": summary(answers), "question_text": question_text(answers)}, answers
 
 
 def answers_path(path: Path) -> Path:
     """The parquet file beside a results file."""
-    return path.with_suffix(".parquet")
+    return path.with_name(path.name.removesuffix(".json") + ".parquet")

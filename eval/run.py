@@ -5,7 +5,8 @@ import importlib
 import importlib.metadata
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from .errors import DataError
+from .errors import DataError, EvalError
 from .lm import PrefixLM, Request, Work
 from .mmlu import Subject, quick_and_quiet, task_config, tasks
 from .results import MAX_NLL, Answer
 
 TEXT_WINDOW = 1024  # tokens that are predicted from each other; the usual short window, so that figures compare
+CHARACTERS_PER_TOKEN, SPARE_TOKENS = 8, 64  # how much of a text is tokenised for its first tokens, at first
+MIN_TEXT_TOKENS = 2  # one is given, the others are predicted
 TEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
@@ -55,6 +58,7 @@ def ask(
 
     In several processes, only the first gets the answers; the others get an empty list.
     """
+    _check(subjects, num_fewshot, limit, lm.world_size)
     everything: list[Answer] = []
     ours = isinstance(lm, PrefixLM)
     manager = TaskManager(include_defaults=False)
@@ -85,12 +89,10 @@ def text_perplexity(lm: PrefixLM, text: str, window: int = TEXT_WINDOW, max_toke
     Raises:
         DataError: the text has fewer than two tokens.
     """
-    tokens = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:max_tokens]
     window = min(window, lm.max_length)
+    tokens = first_tokens(lm, text, max_tokens)
     pieces = [tokens[start : start + window] for start in range(0, len(tokens), window)]
     requests: list[Request] = [(None, piece[:1], piece[1:]) for piece in pieces if len(piece) > 1]
-    if not requests:
-        raise DataError(f"the text has {len(tokens)} tokens, expected at least 2")
     before, lm.work = lm.work, Work()
     try:
         answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
@@ -99,6 +101,24 @@ def text_perplexity(lm: PrefixLM, text: str, window: int = TEXT_WINDOW, max_toke
     count = sum(len(continuation) for _, _, continuation in requests)
     nll = -math.fsum(logprob for logprob, _ in answers) / count
     return Perplexity(math.exp(min(nll, MAX_NLL)), nll, count, window)
+
+
+def first_tokens(lm: PrefixLM, text: str, count: int | None = None) -> list[int]:
+    """The first `count` token ids of a text (all by default), without tokenising much more of it.
+
+    Raises:
+        DataError: the text has fewer than two tokens.
+    """
+    size = len(text) if count is None else CHARACTERS_PER_TOKEN * count
+    while True:
+        tokens: list[int] = lm.tokenizer(text[:size], add_special_tokens=False, verbose=False)["input_ids"]
+        # What stands at a cut may be other tokens in the whole text, so a few more are wanted than are used.
+        if size >= len(text) or (count is not None and len(tokens) > count + SPARE_TOKENS):
+            break
+        size *= 2
+    if len(tokens) < MIN_TEXT_TOKENS:
+        raise DataError(f"the text has {len(tokens)} tokens, expected at least {MIN_TEXT_TOKENS}")
+    return tokens[:count]
 
 
 def plain_text(path: Path | None) -> str:
@@ -149,9 +169,14 @@ def run_tasks(
     if isinstance(lm, PrefixLM):
         lm.answered = answered
     try:
-        with quick_and_quiet():
+        with quick_and_quiet(), _one_line_errors(names):
             found: dict[str, Any] | None = lm_eval.simple_evaluate(
-                model=lm, tasks=list(names), num_fewshot=num_fewshot, limit=limit, task_manager=manager, log_samples=True
+                model=lm,
+                tasks=manager.match_tasks(list(names)),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                log_samples=True,
             )
     finally:
         if isinstance(lm, PrefixLM):
@@ -193,6 +218,27 @@ class _Manager(TaskManager):
         except Exception as error:  # data that cannot be had, wrong YAML, code of a task: anything may come
             what = f"{type(error).__name__}: {_short(error)}"
             raise DataError(f"the tasks {', '.join(task_list)} or their data cannot be loaded ({what})") from error
+
+
+@contextmanager
+def _one_line_errors(names: Sequence[str]) -> Iterator[None]:
+    """Inside, what a task's own code raises becomes an error of ours; running out of memory stays what it is."""
+    try:
+        yield
+    except (EvalError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: {_short(error)})") from error
+
+
+def _check(subjects: Sequence[Subject], num_fewshot: int, limit: int | None, processes: int) -> None:
+    """Raises DataError for what would fail only after other subjects had been asked."""
+    for subject in subjects:
+        if len(subject.dev) < num_fewshot:
+            raise DataError(f"{subject.name} has {len(subject.dev)} dev examples, expected at least {num_fewshot}")
+        count = min(len(subject.test), limit or len(subject.test))
+        if count < processes:
+            raise DataError(f"{subject.name} has {count} questions to ask, fewer than the {processes} processes; use fewer")
 
 
 def _gathered(lm: Any, value: Any) -> list[Any]:

@@ -339,7 +339,7 @@ class Tail:
         if "cache_position" in template:
             arguments["cache_position"] = position[0]
         per_kind = isinstance(masks, dict)
-        arguments["attention_mask"] = masks[self.model.config.layer_types[base]] if per_kind else masks
+        arguments["attention_mask"] = masks[self.model.config.get_text_config().layer_types[base]] if per_kind else masks
         return arguments
 
     def _without_queries(self, layer: LayerWeights) -> LayerWeights:

@@ -105,7 +105,7 @@ def _run_dtype(device: str, dtype: str, stored: str) -> str:
 def _check_device(device: str) -> None:
     torch = importlib.import_module("torch")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().partition("\n")[0]
         raise MergeError(

@@ -107,6 +107,10 @@ def run(
         sys.exit(1)
     except MemoryError:
         _end(arguments, "error: out of memory", 1)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        _end(arguments, f"error: {_one_line(error).partition('. ')[0]}", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(arguments, f"error: {where}{error.strerror or _one_line(error)}", 1)

@@ -2,11 +2,16 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import UsageError, find_model
 
+from merge.errors import RecordError
+from merge.plan import plan_to_dict, read_plan
+from merge.report import PLAN_FILE
 from merge.runtime import DTYPES, Placement
 from merge.source import Source
 
@@ -31,6 +36,32 @@ def find_source(arguments: argparse.Namespace) -> Source:
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR if not arguments.verbose else logging.INFO)
     return find_model(arguments.model, arguments)
+
+
+def check_out(arguments: argparse.Namespace, out: Path, *others: Path) -> None:
+    """Refuses a results file that cannot be written, before any work is done; what exists is replaced only if asked."""
+    if not out.name.endswith(".json"):
+        raise UsageError(f"--out is {out}, expected a name that ends in .json")
+    for path in (out, *others):
+        if path.is_dir():
+            raise UsageError(f"{path} is a folder, expected the name of a file")
+        if path.exists() and not arguments.overwrite:
+            raise UsageError(f"{path} exists; give --overwrite, or another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK):
+        raise UsageError(f"{out.parent} cannot be written to")
+
+
+def plan_beside(source: Source) -> dict[str, Any] | None:
+    """The plan that the model was made with, where there is one."""
+    path = source.folder / PLAN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return plan_to_dict(read_plan(path))
+    except RecordError as error:
+        logging.warning("the model's plan is left out: %s", error)
+        return None
 
 
 def load(arguments: argparse.Namespace, source: Source, **options: Any) -> "tuple[PrefixLM, Placement]":

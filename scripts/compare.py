@@ -31,6 +31,8 @@ def main(arguments: argparse.Namespace) -> None:
     """Compares every file with the first."""
     if len(arguments.files) < 2:
         raise UsageError("give at least two results files")
+    if arguments.seed < 0:
+        raise UsageError(f"--seed is {arguments.seed}, expected 0 or more")
     read = [(path, *read_results(path)) for path in arguments.files]
     path, record, answers = read[0]
     for other, second, _ in read[1:]:
@@ -68,8 +70,9 @@ def _summary(path: Path, record: dict[str, Any], reference: dict[str, Any]) -> s
     if text is None:
         parts.append("perplexity not measured")
     else:
-        same = all(text[key] == other.get(key) for key in ("file", "tokens", "window"))
-        parts.append(f"perplexity {text['perplexity']:.2f}" + ("" if same else f" (of another text, {text['file']})"))
+        same = all(text.get(key) == other.get(key) for key in ("sha256", "tokens", "window", "vocabulary"))
+        note = "" if same else " (the reference's was not measured)" if not other else " (of another text or vocabulary)"
+        parts.append(f"perplexity {text['perplexity']:.2f}{note}")
     if question := record.get("question_text"):
         parts.append(f"of the questions {question['perplexity']:.2f}")
     return ", ".join(parts)

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, counter, end_together, find_source, load, peak_memory
-
-from merge.report import PLAN_FILE
+from _scoring import add_run_options, check_out, counter, end_together, find_source, load, peak_memory, plan_beside
 
 EXAMPLES = """\
   python scripts/eval.py --model OUT --tasks arc_easy,hellaswag,wikitext
@@ -32,6 +30,7 @@ def options() -> argparse.ArgumentParser:
     data.add_argument("--limit", type=int, metavar="N", help="documents per task")
     add_run_options(result)
     result.add_argument("--out", type=Path, metavar="FILE", help="results file (default: results/MODEL-TASKS.json)")
+    result.add_argument("--overwrite", action="store_true", help="replace results of the same name")
     result.add_argument("--samples", action="store_true", help="also write every document and answer: FILE.samples.jsonl")
     return result
 
@@ -43,14 +42,20 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError("give --tasks")
     if arguments.include_path and not arguments.include_path.is_dir():
         raise UsageError(f"--include-path is {arguments.include_path}, which is not a folder")
+    for name in ("limit", "num_fewshot"):
+        value = getattr(arguments, name)
+        if value is not None and value < (0 if name == "num_fewshot" else 1):
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected a positive number")
     source = find_source(arguments)
     source.checkpoint()
+    out = arguments.out or Path("results") / f"{source.name}-{'-'.join(names)[:100]}.json"
+    samples_file = out.with_name(out.name.removesuffix(".json") + ".samples.jsonl")
+    check_out(arguments, out, *([samples_file] if arguments.samples else []))
 
     from eval.run import find_tasks, run_tasks, total_work
 
     manager = find_tasks(names, arguments.include_path)
     lm, placement = load(arguments, source)
-    out = arguments.out or Path("results") / f"{source.name}-{'-'.join(names)[:100]}.json"
     started = time.perf_counter()
     quiet = arguments.quiet or lm.rank != 0
     # Results go to stdout; what lm-eval prints on the way does not.
@@ -70,11 +75,10 @@ def main(arguments: argparse.Namespace) -> None:
         from lm_eval.utils import make_table
 
         assert found is not None  # this is the first process
-        plan = source.folder / PLAN_FILE
         keep = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs", "lm_eval_version")
         record: dict[str, Any] = {
             "model": source.spec,
-            "plan": json.loads(plan.read_text()) if plan.is_file() else None,
+            "plan": plan_beside(source),
             "dtype": placement.dtype,
             "device": placement.device,
             "limit": arguments.limit,
@@ -86,7 +90,7 @@ def main(arguments: argparse.Namespace) -> None:
         }
         if arguments.samples:
             rows = ({"task": task} | row for task, samples in found["samples"].items() for row in samples)
-            _write(out.with_suffix(".samples.jsonl"), "".join(json.dumps(row, default=str) + "\n" for row in rows))
+            _write(samples_file, "".join(json.dumps(row, default=str) + "\n" for row in rows))
         _write(out, json.dumps(record, indent=2, default=str) + "\n")
         print(make_table(found).strip())
         if found.get("groups"):
@@ -107,10 +111,10 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".partial")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    from eval.results import whole_file
+
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
+import hashlib
 import json
 import logging
 import time
@@ -10,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, counter, end_together, find_source, load, peak_memory
+from _scoring import add_run_options, check_out, counter, end_together, find_source, load, peak_memory, plan_beside
 
 from eval.errors import DataError
 from eval.mmlu import CONVENTIONS, partial, question_set, read_mmlu
-from merge.report import PLAN_FILE
 
 EXAMPLES = """\
   python scripts/eval_mmlu.py --model merged/Meta-Llama-3-8B-base --data-dir DIR --text wiki.test.raw
@@ -23,7 +23,7 @@ EXAMPLES = """\
   python scripts/compare.py results/Meta-Llama-3-8B.json results/Meta-Llama-3-8B-base.json"""
 PROMPT = "The capital of France is"
 CHOICES = 4  # requests for each question
-STOPPED = "stopped; finished subjects are kept: the same command with --resume goes on"
+STOPPED = "stopped; subjects that were finished are kept: the same command with --resume goes on"
 
 
 def options() -> argparse.ArgumentParser:
@@ -48,6 +48,7 @@ def options() -> argparse.ArgumentParser:
     text.add_argument("--no-question-text", action="store_true", help="leave out the perplexity of the questions' own text")
     add_run_options(result)
     result.add_argument("--out", type=Path, metavar="FILE", help="results file (default: results/MODEL.json)")
+    result.add_argument("--overwrite", action="store_true", help="replace results, or an interrupted run, of the same name")
     result.add_argument("--resume", action="store_true", help="keep the subjects that an interrupted run has finished")
     return result
 
@@ -60,14 +61,20 @@ def main(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')} is {value}, expected a positive number")
     source = find_source(arguments)
     source.checkpoint()
+    out = arguments.out or Path("results") / f"{source.name}.json"
+    check_out(arguments, out, out.with_name(out.name.removesuffix(".json") + ".parquet"))
+    progress = _Progress(out)
+    progress.check(arguments)
     subjects = read_mmlu(arguments.data_dir, arguments.subjects.split(",") if arguments.subjects else ())
+    if arguments.limit and arguments.limit >= max(len(subject.test) for subject in subjects):
+        arguments.limit = None  # it limits nothing, and results are compared by it
     part = partial(subjects, arguments.limit)
     if part and not (arguments.limit or arguments.subjects):
         logging.warning("this is not all of MMLU: %s", part)
 
     # torch, transformers and lm-eval take seconds to import: only now, when the input is known to be good.
     from eval.results import question_text, summary, write_results
-    from eval.run import ask, continuation, plain_text, task_version, text_perplexity, total_work
+    from eval.run import ask, continuation, first_tokens, plain_text, task_version, text_perplexity, total_work
 
     text: str | None = None
     text_missing: str | None = None
@@ -80,8 +87,9 @@ def main(arguments: argparse.Namespace) -> None:
         logging.warning("perplexity of plain text will be missing: %s", error)
     reference = arguments.compat == "reference"
     lm, placement = load(arguments, source, letters_apart=reference, add_bos_token=False if reference else None)
+    if text is not None:
+        first_tokens(lm, text, arguments.text_tokens)  # too short a text is found before, not after, the questions
 
-    out = arguments.out or Path("results") / f"{source.name}.json"
     settings = {
         "task": "mmlu",
         "task_version": task_version(subjects[0].name),
@@ -91,10 +99,12 @@ def main(arguments: argparse.Namespace) -> None:
         "limit": arguments.limit,
         "dtype": placement.dtype,
     }
-    files = [(file.name, (source.folder / file.name).stat().st_mtime_ns) for file in source.checkpoint().files]
-    progress = _Progress(out, {"model": source.spec, "files": files, **settings}, arguments.resume, write=lm.rank == 0)
+    files = sorted((path.name, path.stat().st_mtime_ns) for path in source.folder.iterdir() if path.is_file())
+    key = {"model": source.spec, "files": files, **settings, "question_text": not arguments.no_question_text}
+    progress.read(key, arguments.resume)
     lm.barrier()  # the others have read what was finished before the first one writes
-    progress.start()
+    if lm.rank == 0:
+        progress.start()
     missing = [subject for subject in subjects if subject.name not in progress.finished]
     count = sum(min(len(subject.test), arguments.limit or len(subject.test)) for subject in missing)
     started = time.perf_counter()
@@ -114,11 +124,10 @@ def main(arguments: argparse.Namespace) -> None:
 
     def finish() -> None:
         answers = [answer for subject in subjects for answer in progress.finished[subject.name]]
-        plan = source.folder / PLAN_FILE
         measured = asdict(text_perplexity(lm, text, max_tokens=arguments.text_tokens)) if text is not None else None
         record: dict[str, Any] = {
             "model": source.spec,
-            "plan": json.loads(plan.read_text()) if plan.is_file() else None,
+            "plan": plan_beside(source),
             **settings,
             "part": part,
             "device": placement.device,
@@ -126,7 +135,13 @@ def main(arguments: argparse.Namespace) -> None:
             "scores": summary(answers),
             "question_text": (questions := question_text(answers)),
             "question_text_missing": None if questions else _why_no_question_text(arguments),
-            "text": measured and measured | {"file": arguments.text.name if arguments.text else "wikitext-2 (test)"},
+            "text": measured
+            and measured
+            | {
+                "file": arguments.text.name if arguments.text else "wikitext-2 (test)",
+                "sha256": hashlib.sha256((text or "").encode()).hexdigest(),
+                "vocabulary": len(lm.tokenizer),
+            },
             "text_missing": text_missing,
             "continuation": {"prompt": PROMPT, "text": continuation(lm, PROMPT)},
             "time_s": round(seconds, 2),
@@ -147,44 +162,51 @@ def main(arguments: argparse.Namespace) -> None:
 class _Progress:
     """Finished subjects of a run that is under way, on disk after each, under the settings that they were asked with."""
 
-    def __init__(self, out: Path, settings: dict[str, Any], resume: bool, write: bool) -> None:
+    def __init__(self, out: Path) -> None:
+        self.path = out.with_name(out.name.removesuffix(".json") + ".progress.jsonl")
+        self.header = ""
+        self.finished: dict[str, list[Any]] = {}
+
+    def check(self, arguments: argparse.Namespace) -> None:
+        """Refuses to lose an interrupted run that nobody asked to lose."""
+        if self.path.exists() and not (arguments.resume or arguments.overwrite):
+            raise UsageError(f"{self.path} holds finished subjects of an interrupted run; give --resume, or --overwrite")
+
+    def read(self, settings: dict[str, Any], resume: bool) -> None:
+        """Takes over what was finished under the same settings."""
         from eval.results import Answer
 
-        self.write = write
-        self.path = out.with_suffix(".progress.jsonl")
-        self.finished: dict[str, list[Any]] = {}
         self.header = json.dumps(settings, sort_keys=True)
-        lines = self.path.read_text().splitlines() if resume and self.path.is_file() else []
-        if lines and lines[0] == self.header:
-            for line in lines[1:]:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    break  # the line that was being written
+        lines = self.path.read_text(encoding="utf-8").splitlines() if resume and self.path.is_file() else []
+        if lines and lines[0] != self.header:
+            raise DataError(f"{self.path} is of a run with other options or another model; run with --overwrite to begin again")
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
                 found = [Answer(**answer | {"logprobs": tuple(answer["logprobs"])}) for answer in entry["answers"]]
-                self.finished[entry["subject"]] = found
-        elif lines:
-            raise DataError(f"{self.path} is of a run with other options; run without --resume, or with the same options")
+                self.finished[str(entry["subject"])] = found
+            except (ValueError, KeyError, TypeError):
+                break  # the line that was being written
 
     def start(self) -> None:
-        """Writes what was finished, without the line that was being written when the earlier run stopped."""
-        if not self.write:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(self.header + "\n")
-        for subject, answers in self.finished.items():
-            self._append(subject, answers)
+        """Writes what was finished, without a line that was being written when the earlier run stopped."""
+        from eval.results import whole_file
+
+        with whole_file(self.path) as scratch:
+            scratch.write_text("\n".join([self.header, *map(self._line, self.finished)]) + "\n", encoding="utf-8")
 
     def add(self, subject: str, answers: list[Any]) -> None:
+        """Keeps the answers of a finished subject."""
         self.finished[subject] = answers
-        self._append(subject, answers)
-
-    def _append(self, subject: str, answers: list[Any]) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"subject": subject, "answers": [asdict(answer) for answer in answers]}) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._line(subject) + "\n")
 
     def remove(self) -> None:
+        """The results are written; nothing is under way any more."""
         self.path.unlink(missing_ok=True)
+
+    def _line(self, subject: str) -> str:
+        return json.dumps({"subject": subject, "answers": [asdict(answer) for answer in self.finished[subject]]})
 
 
 def _why_no_question_text(arguments: argparse.Namespace) -> str:
@@ -212,6 +234,8 @@ def _table(record: dict[str, Any]) -> str:
             f"{'perplexity of the questions':40} {question['perplexity']:.2f}  ({question['tokens']:,} tokens; "
             f"mean over subjects {question['macro_perplexity']:.2f})"
         )
+        if question["questions"] < scores["micro"]["count"]:
+            lines.append(f"  of {question['questions']:,} questions; the other prompts are longer than the model's window")
     elif record["question_text_missing"]:
         lines.append(f"perplexity of the questions: not measured ({record['question_text_missing']})")
     if text := record["text"]:

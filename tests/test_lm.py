@@ -10,6 +10,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from tiny import NAMES, tiny_source
 
+from eval.errors import ScoreError
 from eval.lm import PrefixLM
 from merge.checkpoint import read_config
 
@@ -68,18 +69,22 @@ def test_equals_lm_eval(name, pack_tokens, tiny_cache, reference):
         assert lm.work.tokens_run <= 1.3 * lm.work.tokens_minimum
 
 
+def without_window(original):
+    def masks(self, pack, past, rows=None):
+        self.model.config.sliding_window, before = 10**6, self.model.config.sliding_window
+        try:
+            return original(self, pack, past, rows)
+        finally:
+            self.model.config.sliding_window = before
+
+    return masks
+
+
 @pytest.mark.parametrize("wrong", ["window", "causal"])
 def test_the_comparison_has_teeth(wrong, tiny_cache, reference, monkeypatch):
     """With a mask that forgets the sliding window, or sees other branches of the tree, the answers differ."""
     if wrong == "window":
-        original = PrefixLM._masks
-
-        def masks(self, pack, past):
-            self.model.config.sliding_window, before = 10**6, self.model.config.sliding_window
-            try:
-                return original(self, pack, past)
-            finally:
-                self.model.config.sliding_window = before
+        masks = without_window(PrefixLM._masks)
     else:
 
         def masks(self, pack, past):
@@ -135,7 +140,7 @@ def test_out_of_memory_halves_and_changes_nothing(tiny_cache, reference, monkeyp
 
 
 def test_tokens_are_lm_evals(tiny_cache):
-    """Batched tokenisation gives the ids that one text at a time does, with a tokenizer that merges across the border too."""
+    """Batched tokenisation gives the ids that one text at a time does."""
     lm = PrefixLM(**options(tiny_source("llama3-8b", tiny_cache)))
     seen = []
     original = HFLM.tok_encode
@@ -266,3 +271,26 @@ def test_other_errors_are_not_taken_for_memory(tiny_cache, monkeypatch):
     lm = PrefixLM(**options(tiny_source("llama3-8b", tiny_cache), self_check=False))
     with pytest.raises(RuntimeError, match="shapes do not match"):
         lm.loglikelihood(requests(), disable_tqdm=True)
+
+
+def test_longer_prompts_are_checked_again(tiny_cache, reference, monkeypatch):
+    """Short requests, for which a wrong window does not matter, do not vouch for long ones."""
+    monkeypatch.setattr(PrefixLM, "_masks", without_window(PrefixLM._masks))
+    lm = PrefixLM(**options(tiny_source("mistral-7b", tiny_cache)))
+    short = [Instance(request_type="loglikelihood", doc={}, arguments=("ab", f" {x}"), idx=0) for x in "AB"]
+    lm.loglikelihood(short, disable_tqdm=True)
+    assert lm.not_shared_because is None
+    assert_same(lm.loglikelihood(requests(), disable_tqdm=True), reference["mistral-7b"])
+    assert "would differ" in lm.not_shared_because
+
+
+def test_attention_biases_are_not_shared(tiny_cache):
+    lm = PrefixLM(**options(tiny_source("llama3-8b", tiny_cache)))
+    lm.model.config.alibi = True
+    assert "ALiBi" in lm._obstacle()
+
+
+def test_a_continuation_beyond_the_window(tiny_cache):
+    lm = PrefixLM(**options(tiny_source("llama3-8b", tiny_cache), self_check=False))
+    with pytest.raises(ScoreError, match="a continuation has 600 tokens, expected 1 to 512"):
+        lm.loglikelihood([Instance(request_type="loglikelihood", doc={}, arguments=("a", "b" * 600), idx=0)], disable_tqdm=True)

@@ -4,8 +4,10 @@ import csv
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import lm_eval.utils
@@ -13,9 +15,11 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from eval.errors import DataError
+from eval.compare import Difference
+from eval.errors import DataError, ScoreError
 from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, Subject, partial, quick_and_quiet, read_mmlu, tasks
-from eval.results import Answer, macro, question_text, read_results, score
+from eval.results import Answer, macro, question_text, read_results, score, write_results
+from eval.stats import paired
 
 ODD = ("None", "nan", 'with "quotes"', "with, comma")  # options that data frame readers turn into something else
 
@@ -123,6 +127,32 @@ def test_other_bad_data(tmp_path):
         tasks([subject], 6)
 
 
+def test_what_is_no_number_is_no_answer(tmp_path):
+    with pytest.raises(ScoreError, match=r"1 answers are not numbers \(first: a, question 1\)"):
+        write_results(
+            tmp_path / "r.json", {}, [Answer("a", i, (0.0, math.nan if i else 0.0, 0.0, 0.0), 0, 0) for i in range(2)]
+        )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("p", "said"), [(0.01, "better"), (0.2, "better, but not after correction")])
+def test_verdicts_know_how_many_were_tested(p, said):
+    assert Difference("a", paired([False] * 9 + [True], [True] * 10), p).verdict == said
+
+
+def test_more_bad_data(tmp_path):
+    folder = write_archive(tmp_path / "a")
+    (folder / "test" / "anatomy_test.csv").write_text("")
+    with pytest.raises(DataError, match="has no test questions on anatomy"):
+        read_mmlu(folder, ["anatomy"])
+    assert [subject.name for subject in read_mmlu(folder, ["virology", "virology"])] == ["virology"]
+    path = folder / "test" / "virology_test.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_mmlu(folder, ["virology"])[0].test[0].question.startswith("Question")
+    with pytest.raises(DataError, match=r"neither val/SUBJECT_val.csv nor validation.parquet"):
+        read_mmlu(folder, ["virology"], "validation")
+
+
 def test_micro_and_macro():
     answers = [Answer("a", i, (0.0,) * 4, 0, int(i > 0)) for i in range(4)]
     answers += [Answer("b", i, (0.0,) * 4, 1, 1) for i in range(2)]
@@ -142,7 +172,7 @@ def run(tmp_path, tiny_cache):
         assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
         return done
 
-    call.folder = tmp_path / "here"
+    call.folder, call.environment = tmp_path / "here", environment
     return call
 
 
@@ -178,6 +208,12 @@ def test_from_a_merge_to_a_comparison(run, tmp_path):
         done = run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", status=1)
         assert f"cannot be compared: {key} is" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+    (run.folder / "results" / "dropped.json").write_text(json.dumps(changed))
+    shutil.copy(run.folder / "results" / "merged.parquet", run.folder / "results" / "dropped.parquet")
+    done = run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", status=1)
+    assert "does not hold the answers that dropped.json was made from" in done.stderr
+    done = run("eval_mmlu", "--model", "dropped", *common, status=2)
+    assert "dropped.json exists; give --overwrite" in done.stderr
 
 
 def test_resume_keeps_finished_subjects(run, tmp_path):
@@ -188,21 +224,29 @@ def test_resume_keeps_finished_subjects(run, tmp_path):
     run("eval_mmlu", *common)
     whole = json.loads((run.folder / "r.json").read_text())
     progress = run.folder / "r.progress.jsonl"
-    # What the script writes first is taken from the script, by stopping it where it cannot go on.
-    (run.folder / "r.parquet").unlink()
-    (run.folder / "r.parquet").mkdir()
-    run("eval_mmlu", *common, status=1)
-    lines = progress.read_text().splitlines()
+    for file in ("r.json", "r.parquet"):
+        (run.folder / file).unlink()
+    # A first line as the script writes it is had from a run that is killed when it has written it.
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "eval_mmlu.py"), *map(str, common)],
+        cwd=run.folder, env=run.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not progress.exists():
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    process.wait()
+    header = progress.read_text().splitlines()[0]
     kept = [{"subject": "anatomy", "index": i, "logprobs": [-1, -2, -3, -4], "prediction": 0, "target": 0} for i in range(6)]
-    progress.write_text("\n".join([lines[0], json.dumps({"subject": "anatomy", "answers": kept}), '{"subject": "viro']))
-    (run.folder / "r.parquet").rmdir()
+    progress.write_text("\n".join([header, json.dumps({"subject": "anatomy", "answers": kept}), '{"subject": "virology"}']))
+    assert "give --resume, or --overwrite" in run("eval_mmlu", *common, status=2).stderr
     run("eval_mmlu", *common, "--resume")
     record, answers = read_results(run.folder / "r.json")
     assert record["scores"]["subjects"]["anatomy"]["acc"] == 1.0
     assert record["scores"]["subjects"]["virology"] == whole["scores"]["subjects"]["virology"]
     assert len(answers) == 12
-    progress.write_text(lines[0] + "\n")
-    done = run("eval_mmlu", *common, "--resume", "--num-fewshot", 2, status=1)
+    progress.write_text(header + "\n")
+    done = run("eval_mmlu", *common, "--resume", "--overwrite", "--num-fewshot", 2, status=1)
     assert "is of a run with other options" in done.stderr
 
 

@@ -149,7 +149,7 @@ def test_what_is_finished_is_kept(sent, run, tmp_path):
     started.send_signal(sent)
     _, errors = started.communicate(timeout=100)
     assert started.returncode == (130 if sent == signal.SIGINT else 143), errors
-    assert errors.strip() == "stopped; finished subjects are kept: the same command with --resume goes on"
+    assert errors.strip() == "stopped; subjects that were finished are kept: the same command with --resume goes on"
     assert not (tmp_path / "r.json").exists()
     kept = len(progress.read_text().splitlines())
     assert kept > 1
