@@ -33,6 +33,7 @@ CPU_FALLBACK_BATCH, GPU_FALLBACK_BATCH = 8, 64  # prompts per call where lm-eval
 TOKENIZER_BATCH = 1000  # texts per call of the tokenizer, which spreads them over the cores
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}  # of log-probabilities against HFLM; other dtypes below
 LOW_PRECISION_TOLERANCE = 0.5  # bf16 logits around 16 are 0.125 apart, and batch shapes already move them by a few steps
+LOW_PRECISION_SHARE = 0.01  # of a long, improbable text's log-probability, which such models get no better than that
 TOKENS_PER_TOLERANCE = 50  # rounding adds up: longer continuations may differ by as much for every so many tokens
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")  # rotary frequencies that depend on the whole length of the input
 
@@ -264,9 +265,10 @@ class PrefixLM(HFLM):
         finally:
             self.work, self._checking = before, False
         theirs = super()._loglikelihood_tokens(sample, disable_tqdm=True, override_bs=1)
-        allowed = TOLERANCE.get(self.model.dtype, LOW_PRECISION_TOLERANCE)
+        low = self.model.dtype not in TOLERANCE
         for (one, _), (two, _), (_, _, rest) in zip(ours, theirs, sample, strict=True):
-            if abs(one - two) > allowed * max(1.0, len(rest) / TOKENS_PER_TOLERANCE):
+            allowed = TOLERANCE.get(self.model.dtype, LOW_PRECISION_TOLERANCE) * max(1.0, len(rest) / TOKENS_PER_TOLERANCE)
+            if abs(one - two) > max(allowed, LOW_PRECISION_SHARE * abs(two) if low else 0.0):
                 return f"log-probabilities would differ from lm-eval's by {abs(one - two):.2g}"
         return None
 

@@ -24,6 +24,7 @@ from torch.func import functional_call
 
 from merge.blueprint import Blend, Output, make_blueprint
 from merge.checkpoint import Checkpoint
+from merge.families import ATTENTION_READERS, FAMILIES
 from merge.plan import Plan
 from merge.space import Space
 
@@ -32,7 +33,8 @@ from .lm import PrefixLM
 from .tree import Limits, Pack
 from .tree import plan as prefix_trees
 
-BATCH_TOKENS = 2**15  # keys and values that are side by side in one call of the last layer
+NORM = "input_layernorm.weight"
+BATCH_TOKENS = 2**12  # keys and values that are side by side in one call of the last layer; more leave the cache
 HEAD_ROWS = 256  # answers whose logits over the whole vocabulary exist at a time
 
 
@@ -143,10 +145,12 @@ class Tail:
         if len({p.device for p in lm.model.parameters()}) > 1:
             raise TrialError("trials need the whole model on one device; this one is spread over several")
         self.lm = lm
-        self.model = lm.model
+        self.model = lm.model.requires_grad_(False)  # gradients go to replaced weights only
         self.decoder = lm.model.get_decoder()
         self.layers = list(self.decoder.layers)
         self.weights = [dict(layer.named_parameters()) for layer in self.layers]
+        model_type = self.model.config.get_text_config().model_type
+        self._norm_offset = FAMILIES[model_type].norm_offset if model_type in FAMILIES else 0.0
         self._tables: list[dict[str, Any]] = []
 
     @torch.no_grad()
@@ -266,31 +270,45 @@ class Tail:
         self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of every token of a cluster in one layer, each [1, heads, N, head_dim]."""
-        capture, short = _Capture(), self._without_queries(layer)
+        capture, short = _Capture(), self._folded(self._without_queries(layer), hidden is cluster.hidden)
         if "depth" not in cluster.made:
             with _plain():
                 cluster.made["depth"] = torch.tensor([cluster.depth], device=hidden.device)
         module = self.layers[layer.base]
         norm = getattr(module, "input_layernorm", None)
         try:
-            if (
-                norm is None
-                or hidden is not cluster.hidden
-                or any(name.startswith("input_layernorm.") for name in layer.changed)
-            ):
+            if norm is None or hidden is not cluster.hidden or NORM in short.changed:
                 self._call(short, hidden[None], cluster.made["depth"], capture, None)
             else:
-                # The first layer above the cut gets the same input in every trial, and most plans leave its norm alone.
-                name = f"normed {layer.base}"
+                # The first layer above the cut gets the same input in every trial, and its norm is the same too: the layer's
+                # own, or one of ones where a changed weight went into the matrices.
+                own = NORM not in layer.changed
+                name = f"normed {layer.base}" if own else "normed by ones"
                 if name not in cluster.made:
                     with _plain():
-                        cluster.made[name] = norm(hidden[None])
+                        ones = {} if own else {"weight": torch.ones_like(norm.weight) - self._norm_offset}
+                        cluster.made[name] = functional_call(norm, ones, (hidden[None],))
                 attention = {k.removeprefix("self_attn."): v for k, v in short.changed.items() if k.startswith("self_attn.")}
                 arguments = self._at(layer.base, cluster.made["depth"], capture, None)
                 functional_call(module.self_attn, attention, (), {"hidden_states": cluster.made[name], **arguments})
         except _StopHere:
             pass
         return capture.keys, capture.values
+
+    def _folded(self, layer: LayerWeights, first: bool) -> LayerWeights:
+        """The layer with a changed input norm multiplied into the matrices that read it, where that saves work and is exact.
+
+        Its gradient then needs no gradient of the states of every token. In float32 only: products would be rounded.
+        """
+        weight = layer.changed.get(NORM)
+        if weight is None or not first or weight.dtype != torch.float32:
+            return layer
+        gain = weight + self._norm_offset
+        changed = {name: value for name, value in layer.changed.items() if name != NORM}
+        for name, own in self.weights[layer.base].items():
+            if name.removesuffix(".weight") in ATTENTION_READERS and name.endswith(".weight"):
+                changed[name] = (changed[name] if name in changed else own) * gain
+        return LayerWeights(layer.base, changed)
 
     def _batches(self, cluster: ClusterStates) -> Iterator[_Batch]:
         """The packs of a cluster, as many side by side as stay within BATCH_TOKENS keys and values."""

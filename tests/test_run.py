@@ -143,6 +143,7 @@ def test_what_is_finished_is_kept(sent, run, tmp_path):
     started = subprocess.Popen(
         [sys.executable, ROOT / "scripts" / "eval_mmlu.py", *map(str, command)],
         cwd=tmp_path, env=run.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background of a shell ignore it
     )  # fmt: skip
     while started.poll() is None and not (progress.is_file() and len(progress.read_text().splitlines()) > 1):
         time.sleep(0.01)

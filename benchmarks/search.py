@@ -1,0 +1,158 @@
+"""What a trial of a search costs, beside evaluations of the really fused checkpoint, in one run.
+
+One thread, processor seconds; all questions of one MMLU subject, 5-shot; the top layers folded into one.
+  lm-eval     its own model class on the fused checkpoint, batch size 1
+  layerfuse   eval.lm.PrefixLM on the fused checkpoint
+  trial       one trial on cached hidden states: mixing the weights, running the changed layer, four logits
+  gradient    one step: the same with gradients down to one coefficient per tensor group and norm
+  capture     running the original model once and keeping its hidden states, over an evaluation of the original by PrefixLM
+After timing, the trial's log-probabilities of the four options are compared with those of the fused checkpoint.
+
+    python benchmarks/search.py --model SMOLLM2.gguf --data-dir DIR
+
+Last line of stdout: JSON.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--model", required=True)
+    options.add_argument("--data-dir", type=Path, required=True)
+    options.add_argument("--subject", default="anatomy")
+    options.add_argument("--layers", type=int, default=8, help="layers folded away")
+    options.add_argument("--limit", type=int)
+    options.add_argument("--repeats", type=int, default=15)
+    options.add_argument("--skip-lm-eval", action="store_true")
+    arguments = options.parse_args()
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from eval.lm import PrefixLM
+    from eval.mmlu import quick_and_quiet, read_mmlu, tasks
+    from eval.objective import Encoded, capture_questions, question_terms
+    from eval.objective import options as option_logprobs
+    from eval.trial import Mixture, Tail
+    from merge.api import Options, merge_checkpoint
+    from merge.plan import chain
+    from merge.report import versions
+    from merge.source import resolve
+    from merge.space import Alphas, Coefficients, groups_of
+
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    source = resolve(arguments.model)
+    checkpoint = source.checkpoint()
+    total, names = checkpoint.num_hidden_layers, list(checkpoint.layers[0])
+    cut = total - 1 - arguments.layers
+    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+
+    def model(folder: Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    (subject,) = read_mmlu(arguments.data_dir, [arguments.subject])
+    (task,) = tasks([subject], 5)
+    with quick_and_quiet():
+        task.build_all_requests(limit=arguments.limit)
+    requests = task.instances
+    found: dict[str, Any] = {}
+
+    lm = PrefixLM(model(source.folder), tokenizer=tokenizer, self_check=False)
+    found["layerfuse on the original"] = cpu_seconds(lambda: lm.loglikelihood(requests, disable_tqdm=True))[0]
+    pairs = lm.encode(requests)
+    encoded = Encoded(
+        tuple((subject.name, instance.doc_id) for instance in requests[::4]),
+        tuple(lm._input(*pair) for pair in pairs[::4]),
+        tuple(int(instance.doc["answer"]) for instance in requests[::4]),
+        tuple(continuation[-1] for _, continuation in pairs[:4]),  # type: ignore[arg-type]
+    )
+    tail = Tail(lm)
+    found["capture"], questions = cpu_seconds(lambda: capture_questions(tail, encoded, cut))
+    space = Alphas(chain([0.62] * arguments.layers, total), total, groups_of(names, norms=False))
+    mixture, x = Mixture(tail, space, cut), torch.full((arguments.layers,), 0.62)
+
+    @torch.inference_mode()
+    def trial() -> torch.Tensor:
+        return option_logprobs(tail, mixture.layers(space.mixes(x)), questions)
+
+    free = Coefficients(space.rows, total, groups_of(names, norms=True), checkpoint.model_type)
+    free_mixture = Mixture(tail, free, cut)
+    start = next(iter(free.starts().values())).requires_grad_(True)
+
+    def gradient() -> None:
+        value = question_terms(option_logprobs(tail, free_mixture.layers(free.mixes(start)), questions), questions)["kl"]
+        start.grad = None
+        torch.autograd.backward(value)
+
+    for name, work in (("trial", trial), ("gradient", gradient)):
+        cpu_seconds(work)
+        found[name] = statistics.median(cpu_seconds(work)[0] for _ in range(arguments.repeats))
+    ours = trial()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "fused"
+        merge_checkpoint(space.plan(x.tolist(), "benchmark"), source, folder, Options(dtype="float32"))
+        fused = model(folder)
+    shared = PrefixLM(fused, tokenizer=tokenizer, self_check=False)
+    found["layerfuse"], answers = cpu_seconds(lambda: shared.loglikelihood(requests, disable_tqdm=True))
+    if not arguments.skip_lm_eval:
+        theirs = HFLM(fused, tokenizer=tokenizer, batch_size=1)
+        found["lm-eval"], answers = cpu_seconds(lambda: theirs.loglikelihood(requests, disable_tqdm=True))
+    expected = torch.log_softmax(torch.tensor([logprob for logprob, _ in answers]).view(-1, 4), -1)
+    order = {one: i for i, one in enumerate(dict.fromkeys(encoded.inputs))}
+    difference = (ours[[order[one] for one in encoded.inputs]] - expected).abs().max().item()
+
+    result: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "versions": versions(),
+        "commit": commit(),
+        "what": f"{Path(arguments.model).name}, {total} -> {total - arguments.layers} layers, {arguments.subject}, "
+        f"{len(encoded.ids)} questions, 5-shot, float32, 1 thread",
+        "cpu_s": {name: round(value, 4) for name, value in found.items()},
+        "cached_mb": round(questions.states.nbytes / 1e6, 1),
+        "trial_times_cheaper_than_layerfuse": round(found["layerfuse"] / found["trial"], 1),
+        "gradient_over_trial": round(found["gradient"] / found["trial"], 2),
+        "capture_over_evaluation": round(found["capture"] / found["layerfuse on the original"], 2),
+        "max_difference": difference,
+    }
+    if "lm-eval" in found:
+        result["trial_times_cheaper_than_lm_eval"] = round(found["lm-eval"] / found["trial"], 1)
+    for key, value in result.items():
+        print(f"{key:36} {value}")
+    print(json.dumps(result))
+
+
+def cpu_seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(processor seconds, what the work returns)."""
+    start = time.process_time()
+    value = work()
+    return time.process_time() - start, value
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()
