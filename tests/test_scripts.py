@@ -495,7 +495,10 @@ def test_killed_at_any_moment(number, status, run):
     command = [sys.executable, str(script), "--alphas", "two.json", "--model", "tiny:llama3-8b", "--out", "out"]
     statuses = set()
     for delay in (0.3, 0.7, 1.1, 1.6, 2.2, 2.6):
-        process = subprocess.Popen(command, cwd=run.folder, env=run.environment, stdout=-3, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=run.folder, env=run.environment, stdout=-3, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background of a shell ignore it
+        )  # fmt: skip
         time.sleep(delay)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
