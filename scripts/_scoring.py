@@ -38,6 +38,14 @@ def find_source(arguments: argparse.Namespace) -> Source:
     return find_model(arguments.model, arguments)
 
 
+def check_positive(arguments: argparse.Namespace, *names: str) -> None:
+    """Refuses numbers below 1 (below 0 for examples per question) in the options named."""
+    for name in names:
+        value, least = getattr(arguments, name), 0 if name == "num_fewshot" else 1
+        if value is not None and value < least:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected at least {least}")
+
+
 def check_out(arguments: argparse.Namespace, out: Path, *others: Path) -> None:
     """Refuses a results file that cannot be written, before any work is done; what exists is replaced only if asked."""
     if not out.name.endswith(".json"):

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, check_out, counter, end_together, find_source, load, peak_memory, plan_beside
+from _scoring import (
+    add_run_options,
+    check_out,
+    check_positive,
+    counter,
+    end_together,
+    find_source,
+    load,
+    peak_memory,
+    plan_beside,
+)
 
 EXAMPLES = """\
   python scripts/eval.py --model OUT --tasks arc_easy,hellaswag,wikitext
@@ -42,10 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError("give --tasks")
     if arguments.include_path and not arguments.include_path.is_dir():
         raise UsageError(f"--include-path is {arguments.include_path}, which is not a folder")
-    for name in ("limit", "num_fewshot"):
-        value = getattr(arguments, name)
-        if value is not None and value < (0 if name == "num_fewshot" else 1):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected a positive number")
+    check_positive(arguments, "limit", "num_fewshot")
     source = find_source(arguments)
     source.checkpoint()
     out = arguments.out or Path("results") / f"{source.name}-{'-'.join(names)[:100]}.json"

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, check_out, counter, end_together, find_source, load, peak_memory, plan_beside
+from _scoring import (
+    add_run_options,
+    check_out,
+    check_positive,
+    counter,
+    end_together,
+    find_source,
+    load,
+    peak_memory,
+    plan_beside,
+)
 
 from eval.errors import DataError
 from eval.mmlu import CONVENTIONS, partial, question_set, read_mmlu
@@ -55,10 +65,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Evaluates and prints."""
-    for name in ("limit", "num_fewshot", "text_tokens"):
-        value = getattr(arguments, name)
-        if value is not None and value < (0 if name == "num_fewshot" else 1):
-            raise UsageError(f"--{name.replace('_', '-')} is {value}, expected a positive number")
+    check_positive(arguments, "limit", "num_fewshot", "text_tokens")
     source = find_source(arguments)
     source.checkpoint()
     out = arguments.out or Path("results") / f"{source.name}.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, counter, find_source, load
+from _scoring import add_run_options, check_positive, counter, find_source, load
 
 from eval.errors import DataError
 from eval.mmlu import ARCHIVE_NAMES, GROUPS, read_mmlu
@@ -96,9 +96,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--target {arguments.target} and --max-perplexity need --text FILE")
     if arguments.target == "acc" and arguments.method == "gradient":
         raise UsageError("accuracy has no gradient; use --method gp or tpe, or another --target")
-    for name in ("steps", "refine", "trials", "text_tokens", "text_window"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected a positive number")
+    check_positive(arguments, "steps", "refine", "trials", "limit", "num_fewshot", "text_tokens", "text_window")
     source = find_source(arguments)
     checkpoint = source.checkpoint()
     layers = checkpoint.num_hidden_layers

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, counter, find_source, load
+from _scoring import add_run_options, check_positive, counter, find_source, load
 
 from eval.errors import DataError
 from eval.mmlu import SUBJECTS, read_mmlu
@@ -43,9 +43,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures, prints and writes."""
-    for name in ("per_subject", "samples"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected a positive number")
+    check_positive(arguments, "per_subject", "samples")
     if arguments.out.exists() and not arguments.overwrite:
         raise UsageError(f"{arguments.out} exists; give --overwrite, or another --out")
     source = find_source(arguments)

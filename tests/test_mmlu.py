@@ -313,7 +313,7 @@ def test_question_text_over_tokens_and_over_subjects():
         ([], 2, "give --model"),
         (["--model", "tiny:llama3-8b", "--batch-size", "x"], 2, "expected a positive number of prompts, or auto"),
         (["--model", "tiny:llama3-8b", "--subjects", "anatomie"], 1, "did you mean anatomy"),
-        (["--model", "tiny:llama3-8b", "--limit", "0"], 2, "--limit is 0, expected a positive number"),
+        (["--model", "tiny:llama3-8b", "--limit", "0"], 2, "--limit is 0, expected at least 1"),
         (["--model", "nothing/here"], 1, "HF_HUB_OFFLINE is set"),
         (["--model", "tiny:llama3-8b", "--data-dir", "none"], 1, "neither test/"),
         (["--model", "tiny:llama3-8b", "--data-dir", "none", "--text", "none.txt"], 1, "neither test/"),
