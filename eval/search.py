@@ -123,3 +123,54 @@ def make_problem(
         questions = capture_questions(tail, encoded[part], cut, done) if encoded and encoded[part].ids else None
         parts[part] = Part(questions, capture_text(tail, windows[part], cut, done) if windows else None)
     return Problem(tail, Mixture(tail, space, cut), cut, parts)
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A layer removed, and the text's nats per token without it and those before."""
+
+    layer: int
+    nll: float
+
+
+@torch.inference_mode()
+def greedy_removal(
+    tail: Tail, windows: Sequence[Sequence[int]], layers: int, done: Callable[[int], object] = lambda trials: None
+) -> list[Removal]:
+    """Removes `layers` layers one by one, each time the one without which a text is most probable (SLEB, arXiv 2402.09025).
+
+    Hidden states entering every layer that is left are kept, so a trial runs only the layers above the one that it removes.
+
+    Args:
+        windows: the text as token ids, as `objective.text_windows` cuts it.
+        done: called with the number of trials just made.
+    """
+    text = capture_text(tail, windows, 0)
+    kept = list(range(len(tail.layers)))
+    entering = [text.states]
+    removed: list[Removal] = []
+
+    def fill(first: int) -> None:
+        """Recomputes what enters the layers after position `first`."""
+        del entering[first + 1 :]
+        for layer in kept[first:-1]:
+            entering.append(tail.through(entering[-1], LayerWeights(layer, {})))
+
+    def nll(position: int) -> float:
+        above = [LayerWeights(layer, {}) for layer in kept[position + 1 :]]
+        hidden = tail.run(entering[position], above) if above else tail.answers(entering[position])
+        return float(-tail.logprobs(hidden, text.targets).mean())
+
+    fill(0)
+    for _ in range(layers):
+        found = []
+        for position in range(len(kept)):
+            found.append(nll(position))
+            done(1)
+        best = min(range(len(kept)), key=lambda position: (math.isnan(found[position]), found[position]))
+        removed.append(Removal(kept.pop(best), found[best]))
+        if best == len(entering) - 1:  # the last one: nothing above it changes
+            entering.pop()
+        else:
+            fill(best)
+    return removed

@@ -212,6 +212,24 @@ class Tail:
         found = torch.cat(parts)
         return found[torch.tensor(order, device=found.device).argsort()]
 
+    def through(self, states: States, layer: LayerWeights) -> States:
+        """The states that leave a layer, for every token."""
+        clusters = []
+        for cluster in states.clusters:
+            shared = {key: value for key, value in cluster.made.items() if key in ("batches", "depth")}
+            clusters.append(ClusterStates(self._whole(cluster, layer, cluster.hidden), cluster.past, cluster.packs, shared))
+        return States(states.cut, clusters, states.num_answers)
+
+    def answers(self, states: States) -> torch.Tensor:
+        """The states themselves at the answers, [A, D]."""
+        parts, order = [], []
+        for cluster in states.clusters:
+            for pack in cluster.packs:
+                parts.append(cluster.hidden[torch.tensor(pack.rows, device=cluster.hidden.device) + pack.start])
+                order += pack.answers
+        found = torch.cat(parts)
+        return found[torch.tensor(order, device=found.device).argsort()]
+
     def logits(self, hidden: torch.Tensor, tokens: Sequence[int] | None = None) -> torch.Tensor:
         """The model's own last norm and head on [A, D]: logits of `tokens` [A, len(tokens)], or of all [A, V], in float32."""
         replaced = {}

@@ -17,7 +17,7 @@ from merge.plan import plan_to_dict
 EXAMPLES = """\
   python scripts/similarity.py --model M --layers 13 --method mka --data-dir MMLU --out alphas/mine.json
   python scripts/similarity.py --model M --layers 8 --method block-influence --text notes.txt --out plan.json"""
-METHODS = ("mka", "cka", "angular", "block-influence", "angular-block", "released")
+METHODS = ("mka", "cka", "angular", "block-influence", "angular-block", "sleb", "released")
 SAMPLE_CHARACTERS = 2_000  # of a plain text, per sample
 
 
@@ -26,14 +26,21 @@ def options() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", EXAMPLES)
     add_model_options(result, "none")
     what = result.add_argument_group("method")
-    what.add_argument("--method", choices=METHODS, default="mka", help="similarity (alphas) or importance (layers to drop); "
-                      "released: what the public code of MKA computes, which is dropping the last layers")  # fmt: skip
+    what.add_argument(
+        "--method",
+        choices=METHODS,
+        default="mka",
+        help="mka, cka, angular: similarity, for alphas; block-influence, angular-block, sleb (greedily, by the perplexity of "
+        "--text): layers to drop; released: what the public code of MKA computes, which is dropping the last layers",
+    )
     what.add_argument("--layers", type=int, required=True, metavar="N", help="layers to remove")
     what.add_argument("--seed", type=int, default=0, help="of the mutual information's tie-breaking (default: 0)")
     data = result.add_argument_group("calibration texts")
     data.add_argument("--data-dir", type=Path, metavar="DIR", help="MMLU, of which dev questions are used (default: the Hub)")
     data.add_argument("--per-subject", type=int, default=1, metavar="N", help="dev questions of each subject (default: 1)")
     data.add_argument("--text", type=Path, metavar="FILE", help="a plain text instead, cut into pieces of 2,000 characters")
+    data.add_argument("--text-tokens", type=int, default=4096, metavar="N", help="of it for sleb (default: 4096)")
+    data.add_argument("--text-window", type=int, default=1024, metavar="N", help="tokens per window for sleb (default: 1024)")
     data.add_argument("--samples", type=int, default=57, metavar="N", help="pieces of it at most (default: 57)")
     add_run_options(result)
     result.add_argument("--out", type=Path, required=True, metavar="FILE", help="alphas file, or plan where layers are dropped")
@@ -43,7 +50,9 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Measures, prints and writes."""
-    check_positive(arguments, "per_subject", "samples")
+    check_positive(arguments, "per_subject", "samples", "text_tokens", "text_window")
+    if arguments.method == "sleb" and arguments.text is None:
+        raise UsageError("--method sleb needs --text FILE")
     if arguments.out.exists() and not arguments.overwrite:
         raise UsageError(f"{arguments.out} exists; give --overwrite, or another --out")
     source = find_source(arguments)
@@ -62,10 +71,16 @@ def main(arguments: argparse.Namespace) -> None:
         texts = question_texts(subjects, arguments.per_subject)
     if not texts:
         raise DataError("there are no calibration texts")
+    if arguments.method == "sleb" and not 1 <= arguments.layers < source.checkpoint().num_hidden_layers:
+        raise UsageError(f"--layers is {arguments.layers}, expected fewer than the model has")
     lm, _ = load(arguments, source)
     with counter("calibrating", "text", len(texts), arguments.quiet) as bar:
         activations = capture_activations(lm, texts, bar.update)
-    plan = plan_from_similarity(arguments.method, activations, arguments.layers, seed=arguments.seed)
+    plan = (
+        _greedy(arguments, lm, text)
+        if arguments.method == "sleb"
+        else plan_from_similarity(arguments.method, activations, arguments.layers, seed=arguments.seed)
+    )
     provenance: dict[str, Any] = {"method": arguments.method, "samples": len(texts), "seed": arguments.seed}
     if arguments.method in SIMILARITIES:
         similarity = SIMILARITIES[arguments.method](activations, arguments.seed)
@@ -86,6 +101,26 @@ def main(arguments: argparse.Namespace) -> None:
     with whole_file(arguments.out) as scratch:
         scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({"out": str(arguments.out)}))
+
+
+def _greedy(arguments: argparse.Namespace, lm: Any, text: str) -> Any:
+    """The plan that greedy removal finds, with what each step costs."""
+    import math
+
+    from eval.objective import text_windows
+    from eval.search import greedy_removal
+    from eval.trial import Tail
+    from merge.methods import plan_dropping
+
+    tail = Tail(lm)
+    total = len(tail.layers)
+    windows = text_windows(lm, text, [arguments.text_tokens, 0, 0], arguments.text_window)["search"]
+    trials = sum(total - step for step in range(arguments.layers))
+    with counter("removing", "trial", trials, arguments.quiet) as bar:
+        removed = greedy_removal(tail, windows, arguments.layers, bar.update)
+    for one in removed:
+        print(f"without layer {one.layer:3}: perplexity {math.exp(min(one.nll, 700.0)):.4g}")
+    return plan_dropping([one.layer for one in removed], total)
 
 
 FLAT = 0.05  # alphas that differ by less are constant for all that they do

@@ -16,6 +16,9 @@ from eval.activations import capture_activations, question_texts
 from eval.errors import DataError
 from eval.lm import PrefixLM
 from eval.mmlu import SUBJECTS, read_mmlu
+from eval.objective import text_windows
+from eval.search import greedy_removal
+from eval.trial import Tail
 from merge.errors import PlanError
 from merge.methods import plan_from_method
 from merge.similarity import (
@@ -185,3 +188,30 @@ def test_script(tmp_path, tiny_cache):
     again = subprocess.run(list(map(str, command)), cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
     assert again.returncode == 2
     assert "exists; give --overwrite" in again.stderr
+
+
+def test_greedy_removal_is_brute_force(tiny_cache):
+    """Each step against every model with one layer less, by surgery on modules."""
+    import torch
+    from tiny import surgery
+
+    source = tiny_source("llama3.2-1b", tiny_cache)
+    lm = PrefixLM(str(source.folder), dtype="float32", device="cpu", self_check=False)
+    text = "Some plain text that is long enough for three windows, and then a little more of it."
+    windows = text_windows(lm, text, [75, 0, 0], 25)["search"]
+    found = greedy_removal(Tail(lm), windows, 2)
+    model, kept = load(source.folder), list(range(source.checkpoint().num_hidden_layers))
+    for one in found:
+        losses = {}
+        for layer in kept:
+            smaller = surgery(model, [other for other in kept if other != layer])
+            parts = []
+            for window in windows:
+                ids = torch.tensor(window)
+                with torch.inference_mode():
+                    logits = smaller(ids[None, :-1], use_cache=False).logits[0]
+                parts += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").tolist()
+            losses[layer] = float(np.mean(parts))
+        assert one.layer == min(losses, key=losses.get)
+        assert one.nll == pytest.approx(losses[one.layer], abs=1e-4)
+        kept.remove(one.layer)
