@@ -259,6 +259,8 @@ class PrefixLM(HFLM):
         self.work, self._checking = Work(), True
         try:
             ours = self._score(sample, overhead=0)  # shares whatever can be shared
+        except ScoreError:  # the request's fault, not the model's
+            raise
         except Exception as error:  # whatever a model does that was not made for this; lm-eval can still score it
             reason = str(error).partition("\n")[0] or type(error).__name__
             return f"{type(self.model).__name__} cannot be run on packed prefix trees ({reason})"
