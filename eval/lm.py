@@ -117,6 +117,7 @@ class PrefixLM(HFLM):
         self.self_check = self_check
         self._checking = False  # while a check runs, every mask is one of ours
         self._checked = 0  # length of the longest request that was compared with HFLM
+        self._windows = sorted(_windows(self.model.config.to_dict()))
         self.letters_apart = letters_apart
         self.not_shared_because = self._obstacle()
         self.work = Work()
@@ -193,8 +194,7 @@ class PrefixLM(HFLM):
         self, requests: list[Request], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[Answer]:
         longest = max((len(context) + len(rest) for _, context, rest in requests), default=0)
-        if self.not_shared_because is None and self.self_check and longest > self._checked:
-            # Once more where inputs get longer: what goes wrong beyond a window is not seen on short ones.
+        if self.not_shared_because is None and self.self_check and self._must_check(longest):
             self._checked = longest
             self.not_shared_because = self._check(requests)
             if self.not_shared_because is not None:
@@ -247,6 +247,10 @@ class PrefixLM(HFLM):
             for k in chosen:
                 done(k)
         return [answer for _, answer in sorted(zip(order, answers, strict=True), key=lambda pair: pair[0])]
+
+    def _must_check(self, longest: int) -> bool:
+        """Whether inputs of that length are the first, or the first beyond a window: short ones do not vouch for those."""
+        return longest > 0 and (not self._checked or any(self._checked <= window < longest for window in self._windows))
 
     def _check(self, requests: list[Request]) -> str | None:
         """The reason not to share prefixes, found by comparing the longest, the shortest and some neighbours with HFLM."""
@@ -418,6 +422,15 @@ class Scored:
         tokens = torch.tensor(continuation, device=self.logits.device)
         logprobs = (self.logits[rows, tokens].float() - self.top[rows]) - self.total[rows]
         return float(logprobs.sum()), bool((self.greedy[rows] == tokens).all())
+
+
+def _windows(config: Any) -> Iterator[int]:
+    """Every number in a config, however deep, that is the width of a window or chunk of attention by its name."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _windows(value)
+        elif isinstance(value, int) and not isinstance(value, bool) and ("window" in str(key) or "chunk" in str(key)):
+            yield value
 
 
 def _out_of_memory(error: RuntimeError) -> bool:
