@@ -1,5 +1,14 @@
 """The errors of an evaluation: one line each, each class also a builtin."""
 
+import re
+
+SHOWN_CHARACTERS = 200  # of another library's message inside one of ours
+
+
+def short(error: BaseException) -> str:
+    """Another library's message as one line of bounded length."""
+    return re.sub(r"\s+", " ", str(error))[:SHOWN_CHARACTERS]
+
 
 class EvalError(Exception):
     """Base of all errors that an evaluation raises on purpose."""

@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import io
 import json
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Any
 import lm_eval
 import yaml
 
-from .errors import DataError
+from .errors import DataError, short
 
 LETTERS = "ABCD"
 CONVENTIONS = ("lm-eval", "reference")  # how questions are shown and letters scored; see `tasks`
@@ -188,8 +187,7 @@ def tasks(subjects: Sequence[Subject], num_fewshot: int, convention: str = "lm-e
     task_class = importlib.import_module("lm_eval.api.task").ConfigurableTask
     result = []
     for subject in subjects:
-        if len(subject.dev) < num_fewshot:
-            raise DataError(f"{subject.name} has {len(subject.dev)} dev examples, expected at least {num_fewshot}")
+        check_examples(subject, num_fewshot)
         config = task_config(subject.name)
         if convention == "reference":
             subject = _through_data_frame(subject)
@@ -198,6 +196,12 @@ def tasks(subjects: Sequence[Subject], num_fewshot: int, convention: str = "lm-e
         config |= {"custom_dataset": functools.partial(_dataset, subject), "num_fewshot": num_fewshot}
         result.append(task_class(config=config))
     return result
+
+
+def check_examples(subject: Subject, num_fewshot: int) -> None:
+    """Raises DataError if the subject has fewer examples than asked for."""
+    if len(subject.dev) < num_fewshot:
+        raise DataError(f"{subject.name} has {len(subject.dev)} dev examples, expected at least {num_fewshot}")
 
 
 @contextmanager
@@ -302,8 +306,9 @@ def _from_hub(subject: str, split: str) -> Subject:
     try:
         data = datasets.load_dataset(HUB_NAME, subject)
     except Exception as error:  # datasets raises many kinds, offline ones among them
-        first = re.sub(r"\s+", " ", str(error))[:200]
-        raise DataError(f"{HUB_NAME} ({subject}) cannot be had from the Hub or its cache ({first}); give --data-dir") from error
+        raise DataError(
+            f"{HUB_NAME} ({subject}) cannot be had from the Hub or its cache ({short(error)}); give --data-dir"
+        ) from error
     read = [
         tuple(Question(row["question"], tuple(row["choices"]), row["answer"]) for row in data[one]) for one in ("dev", split)
     ]

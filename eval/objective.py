@@ -19,7 +19,8 @@ import torch
 from .errors import DataError, TrialError
 from .lm import PrefixLM
 from .mmlu import LETTERS, Subject, quick_and_quiet, tasks
-from .run import TEXT_WINDOW
+from .run import TEXT_WINDOW, first_tokens
+from .stats import perplexity
 from .trial import LayerWeights, States, Tail
 
 PARTS = ("search", "selection", "held-out")
@@ -60,7 +61,6 @@ class Text:
 
     states: States
     targets: torch.Tensor
-    original_nll: float
 
 
 @dataclass
@@ -128,7 +128,7 @@ def text_windows(
     Raises:
         DataError: the text is too short.
     """
-    ids = lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = first_tokens(lm, text, sum(tokens_per_part))
     if len(ids) < sum(tokens_per_part):
         raise DataError(f"the text has {len(ids):,} tokens, expected at least {sum(tokens_per_part):,}")
     window = min(window, lm.max_length)
@@ -161,14 +161,7 @@ def capture_text(
     inputs = list(dict.fromkeys(tuple(one[:-1]) for one in windows))
     nexts = {tuple(one[:-1]): one[1:] for one in windows}
     targets = torch.tensor([token for one in inputs for token in nexts[one]], device=tail.lm.device)
-    losses: list[float] = []
-
-    def seen(answers: list[int], logits: torch.Tensor) -> None:
-        for rows, chosen in zip(logits.split(256), torch.tensor(answers, device=targets.device).split(256), strict=True):
-            losses.append(float(torch.nn.functional.cross_entropy(rows.float(), targets[chosen], reduction="sum")))
-
-    states = tail.capture(inputs, [0] * len(inputs), cut, seen, done)
-    return Text(states, targets, math.fsum(losses) / len(targets))
+    return Text(tail.capture(inputs, [0] * len(inputs), cut, done=done), targets)
 
 
 def loss(tail: Tail, layers: Sequence[LayerWeights], part: Part, weights: Mapping[str, float]) -> torch.Tensor:
@@ -192,11 +185,18 @@ def options(tail: Tail, layers: Sequence[LayerWeights], questions: Questions) ->
 
 def question_terms(found: torch.Tensor, questions: Questions) -> dict[str, torch.Tensor]:
     """kl, ce and acc of the module's head."""
-    right = found.argmax(-1) == questions.targets
+    values = _by_question(found, questions)
+    return {"kl": values["kl"].mean(), "ce": values["ce"].mean(), "acc": 1.0 - values["acc"].mean()}
+
+
+def _by_question(found: torch.Tensor, questions: Questions) -> dict[str, torch.Tensor]:
+    """For every question [A]: kl, ce, whether it is answered right, and as the original answers it."""
+    chosen = found.argmax(-1)
     return {
-        "kl": (questions.original.exp() * (questions.original - found)).sum(-1).mean(),
-        "ce": -found.gather(1, questions.targets[:, None]).mean(),
-        "acc": 1.0 - right.float().mean(),
+        "kl": (questions.original.exp() * (questions.original - found)).sum(-1),
+        "ce": -found.gather(1, questions.targets[:, None])[:, 0],
+        "acc": (chosen == questions.targets).float(),
+        "agreement": (chosen == questions.original.argmax(-1)).float(),
     }
 
 
@@ -210,22 +210,13 @@ def scores(tail: Tail, layers: Sequence[LayerWeights], part: Part) -> dict[str, 
     """What a plan reaches on one part: kl, ce, acc, agreement with the original, each with standard error; text perplexity."""
     result: dict[str, Any] = {}
     if part.questions is not None:
-        q = part.questions
-        found = options(tail, layers, q)
+        found = options(tail, layers, part.questions)
         n = len(found)
-        kl = (q.original.exp() * (q.original - found)).sum(-1)
-        right = (found.argmax(-1) == q.targets).float()
-        agree = (found.argmax(-1) == q.original.argmax(-1)).float()
-        for name, values in (
-            ("kl", kl),
-            ("ce", -found.gather(1, q.targets[:, None])[:, 0]),
-            ("acc", right),
-            ("agreement", agree),
-        ):
+        for name, values in _by_question(found, part.questions).items():
             result[name] = float(values.mean())
             result[f"{name}_stderr"] = float(values.std() / math.sqrt(n)) if n > 1 else None
         result["questions"] = n
     if part.text is not None:
         nll = float(text_nll(tail, layers, part.text))
-        result |= {"text_nll": nll, "perplexity": math.exp(min(nll, 700.0)), "text_tokens": len(part.text.targets)}
+        result |= {"text_nll": nll, "perplexity": perplexity(nll), "text_tokens": len(part.text.targets)}
     return result

@@ -15,10 +15,9 @@ from merge.records import read_json
 
 from .errors import DataError, ScoreError
 from .mmlu import GROUPS
-from .stats import stderr
+from .stats import perplexity, stderr
 
 SCHEMA_VERSION = 1
-MAX_NLL = 700.0  # exp of more does not fit into a float
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def question_text(answers: Sequence[Answer]) -> dict[str, Any] | None:
 
 def _pooled(answers: Sequence[Answer]) -> float:
     nll = math.fsum(answer.question_nll or 0.0 for answer in answers) / sum(answer.question_tokens for answer in answers)
-    return math.exp(min(nll, MAX_NLL))
+    return perplexity(nll)
 
 
 def _values(one: Score) -> dict[str, Any]:
@@ -125,8 +124,13 @@ def write_results(path: Path, record: Mapping[str, Any], answers: Sequence[Answe
     with whole_file(answers_path(path)) as scratch:
         parquet.write_table(table, scratch)
         content = {"schema_version": SCHEMA_VERSION, "answers_sha256": _sha256(scratch), **record}
+    write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that appears whole."""
     with whole_file(path) as scratch:
-        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
 
 
 @contextmanager

@@ -4,7 +4,6 @@ import difflib
 import importlib
 import importlib.metadata
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -15,10 +14,11 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from .errors import DataError, EvalError
+from .errors import DataError, EvalError, short
 from .lm import PrefixLM, Request, Work
-from .mmlu import Subject, quick_and_quiet, task_config, tasks
-from .results import MAX_NLL, Answer
+from .mmlu import Subject, check_examples, quick_and_quiet, task_config, tasks
+from .results import Answer
+from .stats import perplexity
 
 TEXT_WINDOW = 1024  # tokens that are predicted from each other; the usual short window, so that figures compare
 CHARACTERS_PER_TOKEN, SPARE_TOKENS = 8, 64  # how much of a text is tokenised for its first tokens, at first
@@ -100,7 +100,7 @@ def text_perplexity(lm: PrefixLM, text: str, window: int = TEXT_WINDOW, max_toke
         lm.work = before
     count = sum(len(continuation) for _, _, continuation in requests)
     nll = -math.fsum(logprob for logprob, _ in answers) / count
-    return Perplexity(math.exp(min(nll, MAX_NLL)), nll, count, window)
+    return Perplexity(perplexity(nll), nll, count, window)
 
 
 def first_tokens(lm: PrefixLM, text: str, count: int | None = None) -> list[int]:
@@ -136,7 +136,7 @@ def plain_text(path: Path | None) -> str:
     try:
         return "\n\n".join(datasets.load_dataset(*TEXT_HUB, split="test")["text"])
     except Exception as error:  # datasets raises many kinds, offline ones among them
-        raise DataError(f"{TEXT_HUB[0]} cannot be had from the Hub or its cache ({_short(error)}); give --text FILE") from error
+        raise DataError(f"{TEXT_HUB[0]} cannot be had from the Hub or its cache ({short(error)}); give --text FILE") from error
 
 
 def continuation(lm: PrefixLM, prompt: str, tokens: int = 30) -> str:
@@ -216,7 +216,7 @@ class _Manager(TaskManager):
         try:
             return super().load(task_list)
         except Exception as error:  # data that cannot be had, wrong YAML, code of a task: anything may come
-            what = f"{type(error).__name__}: {_short(error)}"
+            what = f"{type(error).__name__}: {short(error)}"
             raise DataError(f"the tasks {', '.join(task_list)} or their data cannot be loaded ({what})") from error
 
 
@@ -228,14 +228,13 @@ def _one_line_errors(names: Sequence[str]) -> Iterator[None]:
     except (EvalError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise DataError(f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: {_short(error)})") from error
+        raise DataError(f"lm-eval cannot run {', '.join(names)} ({type(error).__name__}: {short(error)})") from error
 
 
 def _check(subjects: Sequence[Subject], num_fewshot: int, limit: int | None, processes: int) -> None:
     """Raises DataError for what would fail only after other subjects had been asked."""
     for subject in subjects:
-        if len(subject.dev) < num_fewshot:
-            raise DataError(f"{subject.name} has {len(subject.dev)} dev examples, expected at least {num_fewshot}")
+        check_examples(subject, num_fewshot)
         count = min(len(subject.test), limit or len(subject.test))
         if count < processes:
             raise DataError(f"{subject.name} has {count} questions to ask, fewer than the {processes} processes; use fewer")
@@ -266,7 +265,3 @@ def _answer(subject: str, sample: Mapping[str, Any], texts: Mapping[str, tuple[f
     prediction = max(range(len(logprobs)), key=lambda choice: logprobs[choice])
     nll, tokens = texts.get(sample["arguments"][0][0], (None, 0))
     return Answer(subject, int(sample["doc_id"]), logprobs, prediction, int(sample["target"]), nll, tokens)
-
-
-def _short(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error))[:200]

@@ -13,11 +13,17 @@ from scipy.stats import binomtest
 
 BOOTSTRAP_SAMPLES = 10_000
 CONFIDENCE = 0.95
+MAX_NLL = 700.0  # exp of more does not fit into a float
 
 
 def stderr(values: Sequence[float]) -> float:
     """Standard error of the mean: sample standard deviation (n - 1) over root n; nan for fewer than two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def perplexity(nll: float) -> float:
+    """exp of a mean negative log-likelihood in nats, as large as a float gets."""
+    return math.exp(min(nll, MAX_NLL))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from merge.space import Space
 
 from .errors import TrialError
 from .lm import PrefixLM
+from .results import whole_file
 from .tree import Limits, Pack
 from .tree import plan as prefix_trees
 
@@ -97,9 +98,8 @@ class States:
             for cluster in self.clusters
         ]
         metadata = {"cut": str(self.cut), "num_answers": str(self.num_answers), "clusters": json.dumps(shape)}
-        scratch = path.with_name(path.name + ".partial")
-        save_file({str(i): cluster.hidden for i, cluster in enumerate(self.clusters)}, scratch, metadata)
-        scratch.replace(path)
+        with whole_file(path) as scratch:
+            save_file({str(i): cluster.hidden for i, cluster in enumerate(self.clusters)}, scratch, metadata)
 
     @classmethod
     def load(cls, path: Path, device: str = "cpu") -> "States":
@@ -202,15 +202,13 @@ class Tail:
         """Hidden states [A, D] that leave the last layer of `tail` at the answers, before the model's last norm."""
         if not tail:
             raise TrialError("the plan changes no layer that is left; there is nothing to run on cached states")
-        parts, order = [], []
+        parts: list[torch.Tensor] = []
         for cluster in states.clusters:
             hidden = cluster.hidden
             for layer in tail[:-1]:
                 hidden = self._whole(cluster, layer, hidden)
             parts += self._last(cluster, tail[-1], hidden)
-            order += [answer for pack in cluster.packs for answer in pack.answers]
-        found = torch.cat(parts)
-        return found[torch.tensor(order, device=found.device).argsort()]
+        return _in_order(states, parts)
 
     def through(self, states: States, layer: LayerWeights) -> States:
         """The states that leave a layer, for every token."""
@@ -222,13 +220,12 @@ class Tail:
 
     def answers(self, states: States) -> torch.Tensor:
         """The states themselves at the answers, [A, D]."""
-        parts, order = [], []
-        for cluster in states.clusters:
-            for pack in cluster.packs:
-                parts.append(cluster.hidden[torch.tensor(pack.rows, device=cluster.hidden.device) + pack.start])
-                order += pack.answers
-        found = torch.cat(parts)
-        return found[torch.tensor(order, device=found.device).argsort()]
+        parts = [
+            cluster.hidden[torch.tensor(pack.rows, device=cluster.hidden.device) + pack.start]
+            for cluster in states.clusters
+            for pack in cluster.packs
+        ]
+        return _in_order(states, parts)
 
     def logits(self, hidden: torch.Tensor, tokens: Sequence[int] | None = None) -> torch.Tensor:
         """The model's own last norm and head on [A, D]: logits of `tokens` [A, len(tokens)], or of all [A, V], in float32."""
@@ -408,6 +405,13 @@ class Tail:
             yield
         finally:
             self.decoder.layers, self.decoder.config.num_hidden_layers = before, count
+
+
+def _in_order(states: States, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What was found pack by pack, in the order of the answers' numbers."""
+    found = torch.cat(list(parts))
+    numbers = [answer for cluster in states.clusters for pack in cluster.packs for answer in pack.answers]
+    return found[torch.tensor(numbers, device=found.device).argsort()]
 
 
 class Mixture:

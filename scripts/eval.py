@@ -81,6 +81,8 @@ def main(arguments: argparse.Namespace) -> None:
     def finish() -> None:
         from lm_eval.utils import make_table
 
+        from eval.results import write_whole
+
         assert found is not None  # this is the first process
         keep = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs", "lm_eval_version")
         record: dict[str, Any] = {
@@ -97,8 +99,8 @@ def main(arguments: argparse.Namespace) -> None:
         }
         if arguments.samples:
             rows = ({"task": task} | row for task, samples in found["samples"].items() for row in samples)
-            _write(samples_file, "".join(json.dumps(row, default=str) + "\n" for row in rows))
-        _write(out, json.dumps(record, indent=2, default=str) + "\n")
+            write_whole(samples_file, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+        write_whole(out, json.dumps(record, indent=2, default=str) + "\n")
         print(make_table(found).strip())
         if found.get("groups"):
             print(make_table(found, "groups").strip())
@@ -115,13 +117,6 @@ def main(arguments: argparse.Namespace) -> None:
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:
     return {name: value for name, value in values.items() if isinstance(value, float)}
-
-
-def _write(path: Path, text: str) -> None:
-    from eval.results import whole_file
-
-    with whole_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -197,10 +197,9 @@ class _Progress:
 
     def start(self) -> None:
         """Writes what was finished, without a line that was being written when the earlier run stopped."""
-        from eval.results import whole_file
+        from eval.results import write_whole
 
-        with whole_file(self.path) as scratch:
-            scratch.write_text("\n".join([self.header, *map(self._line, self.finished)]) + "\n", encoding="utf-8")
+        write_whole(self.path, "\n".join([self.header, *map(self._line, self.finished)]) + "\n")
 
     def add(self, subject: str, answers: list[Any]) -> None:
         """Keeps the answers of a finished subject."""

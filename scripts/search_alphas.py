@@ -246,12 +246,12 @@ def _write(
     report: dict[str, Any],
 ) -> None:
     """plan.json, alphas.json where there are alphas, search.json, trials.csv."""
+    from eval.results import write_whole
+
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, text: str) -> None:
-        scratch = arguments.out / f"{name}.partial"
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(arguments.out / name)
+        write_whole(arguments.out / name, text)
 
     write("plan.json", json.dumps(plan_to_dict(plan), indent=2) + "\n")
     if plan.steps:

@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace) -> None:
     subjects = read_mmlu(arguments.data_dir, SUBJECTS) if arguments.text is None else []
 
     from eval.activations import capture_activations, question_texts
-    from eval.results import whole_file
+    from eval.results import write_whole
     from eval.run import plain_text
     from merge.similarity import SIMILARITIES, alphas_from_similarity, plan_from_similarity
 
@@ -98,17 +98,15 @@ def main(arguments: argparse.Namespace) -> None:
         print(f"removed: {sorted(set(range(plan.num_hidden_layers)) - set(plan.keep))}")
         content = plan_to_dict(plan)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(arguments.out) as scratch:
-        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_whole(arguments.out, json.dumps(content, indent=2) + "\n")
     print(json.dumps({"out": str(arguments.out)}))
 
 
 def _greedy(arguments: argparse.Namespace, lm: Any, text: str) -> Any:
     """The plan that greedy removal finds, with what each step costs."""
-    import math
-
     from eval.objective import text_windows
     from eval.search import greedy_removal
+    from eval.stats import perplexity
     from eval.trial import Tail
     from merge.methods import plan_dropping
 
@@ -119,7 +117,7 @@ def _greedy(arguments: argparse.Namespace, lm: Any, text: str) -> Any:
     with counter("removing", "trial", trials, arguments.quiet) as bar:
         removed = greedy_removal(tail, windows, arguments.layers, bar.update)
     for one in removed:
-        print(f"without layer {one.layer:3}: perplexity {math.exp(min(one.nll, 700.0)):.4g}")
+        print(f"without layer {one.layer:3}: perplexity {perplexity(one.nll):.4g}")
     return plan_dropping([one.layer for one in removed], total)
 
 
