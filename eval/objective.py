@@ -8,23 +8,28 @@
 Questions and text come in three parts: what is searched on, what the winner is selected on, and what is reported.
 """
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from .errors import DataError, TrialError
 from .lm import PrefixLM
 from .mmlu import LETTERS, Subject, quick_and_quiet, tasks
 from .run import TEXT_WINDOW, first_tokens
-from .stats import perplexity
+from .stats import Mean, mean, perplexity
 from .trial import LayerWeights, States, Tail
 
+Array = npt.NDArray[np.float64]
+
+TEXT_BLOCK = 128  # neighbouring tokens that count as one value in the error of a text's mean
 PARTS = ("search", "selection", "held-out")
-SHARES = (0.5, 0.25, 0.25)
+CHECK_SHARE = 4  # one question in so many is for selection, and as many are held out
 TARGETS: dict[str, dict[str, float]] = {
     "kl": {"kl": 1.0},
     "ce": {"ce": 1.0},
@@ -65,10 +70,15 @@ class Text:
 
 @dataclass
 class Part:
-    """What one part holds; either may be missing."""
+    """What one part holds; either may be missing. The text is in batches, of which a gradient may take one at a time."""
 
     questions: Questions | None
-    text: Text | None
+    text: tuple[Text, ...]
+
+    @property
+    def held(self) -> "list[Questions | Text]":
+        """Everything that there is."""
+        return [*([self.questions] if self.questions else []), *self.text]
 
 
 def split_questions(ids: Sequence[tuple[str, int]], seed: int) -> dict[str, list[tuple[str, int]]]:
@@ -80,8 +90,9 @@ def split_questions(ids: Sequence[tuple[str, int]], seed: int) -> dict[str, list
     for name, members in subjects.items():
         shuffled = sorted(members)
         random.Random(f"{seed} {name}").shuffle(shuffled)
-        a = max(1, round(SHARES[0] * len(shuffled)))
-        b = a + max(1, round(SHARES[1] * len(shuffled)))
+        checked = max(1, len(shuffled) // CHECK_SHARE)
+        a = max(1, len(shuffled) - 2 * checked)
+        b = a + checked
         for part, chosen in zip(PARTS, (shuffled[:a], shuffled[a:b], shuffled[b:]), strict=True):
             found[part] += sorted(chosen)
     return found
@@ -139,29 +150,83 @@ def text_windows(
     return {part: [one for one in windows if len(one) > 1] for part, windows in found.items()}
 
 
-def capture_questions(tail: Tail, encoded: Encoded, cut: int, done: Callable[[int], object] = lambda tokens: None) -> Questions:
-    """Runs the original model on the questions once."""
+def capture_questions(
+    tail: Tail,
+    encoded: Encoded,
+    cut: int,
+    done: Callable[[int], object] = lambda tokens: None,
+    folder: Path | None = None,
+) -> Questions:
+    """Runs the original model on the questions once; or reads what was kept in `folder`, where there is one."""
     inputs = list(dict.fromkeys(encoded.inputs))
+    first = [len(one) - 1 for one in inputs]
     original = torch.empty(len(inputs), len(LETTERS))
     letters = list(encoded.letters)
 
     def seen(answers: list[int], logits: torch.Tensor) -> None:
         original[answers] = torch.log_softmax(logits[:, letters].float(), -1).cpu()
 
-    states = tail.capture(inputs, [len(one) - 1 for one in inputs], cut, seen, done)
+    states, more = _kept(
+        tail, inputs, first, cut, lambda: (tail.capture(inputs, first, cut, seen, done), {"original": original}), done, folder
+    )
+    original = more["original"].cpu()
     targets = dict(zip(encoded.inputs, encoded.targets, strict=True))
     device = tail.lm.device
     return Questions(encoded, states, original.to(device), torch.tensor([targets[one] for one in inputs], device=device))
 
 
 def capture_text(
-    tail: Tail, windows: Sequence[Sequence[int]], cut: int, done: Callable[[int], object] = lambda t: None
-) -> Text:
-    """Runs the original model on the windows once."""
-    inputs = list(dict.fromkeys(tuple(one[:-1]) for one in windows))
-    nexts = {tuple(one[:-1]): one[1:] for one in windows}
-    targets = torch.tensor([token for one in inputs for token in nexts[one]], device=tail.lm.device)
-    return Text(tail.capture(inputs, [0] * len(inputs), cut, done=done), targets)
+    tail: Tail,
+    windows: Sequence[Sequence[int]],
+    cut: int,
+    done: Callable[[int], object] = lambda t: None,
+    batch_tokens: int | None = None,
+    folder: Path | None = None,
+) -> tuple[Text, ...]:
+    """Runs the original model on the windows once; in batches of whole windows, of at most `batch_tokens` where one fits.
+
+    Or reads what was kept in `folder`, where there is one.
+    """
+    batches: list[list[Sequence[int]]] = [[]]
+    for one in windows:
+        if batches[-1] and batch_tokens and sum(map(len, batches[-1])) + len(one) > batch_tokens:
+            batches.append([])
+        batches[-1].append(one)
+    found = []
+    for batch in batches:
+        inputs = list(dict.fromkeys(tuple(one[:-1]) for one in batch))
+        nexts = {tuple(one[:-1]): one[1:] for one in batch}
+        targets = torch.tensor([token for one in inputs for token in nexts[one]], device=tail.lm.device)
+        first = [0] * len(inputs)
+
+        def capture(inputs: list[tuple[int, ...]] = inputs, first: list[int] = first) -> tuple[States, dict[str, torch.Tensor]]:
+            return tail.capture(inputs, first, cut, done=done), {}
+
+        found.append(Text(_kept(tail, inputs, first, cut, capture, done, folder)[0], targets))
+    return tuple(found)
+
+
+def _kept(
+    tail: Tail,
+    inputs: Sequence[Sequence[int]],
+    first: Sequence[int],
+    cut: int,
+    capture: Callable[[], tuple[States, dict[str, torch.Tensor]]],
+    done: Callable[[int], object],
+    folder: Path | None,
+) -> tuple[States, dict[str, torch.Tensor]]:
+    """What `capture` gives, kept in a file named after what it depends on."""
+    if folder is None:
+        return capture()
+    path = folder / f"states-{tail.key(inputs, first, cut)}.safetensors"
+    if path.is_file():
+        states, more = States.load(path, str(tail.lm.device))
+        done(states.num_tokens)
+        return states, more
+    states, more = capture()
+    folder.mkdir(parents=True, exist_ok=True)
+    states.save(path, **more)
+    return states, more
 
 
 def loss(tail: Tail, layers: Sequence[LayerWeights], part: Part, weights: Mapping[str, float]) -> torch.Tensor:
@@ -172,7 +237,7 @@ def loss(tail: Tail, layers: Sequence[LayerWeights], part: Part, weights: Mappin
         for term, value in question_terms(found, part.questions).items():
             if term in weights:
                 total = total + weights[term] * value
-    if part.text is not None and "text" in weights:
+    if part.text and "text" in weights:
         total = total + weights["text"] * text_nll(tail, layers, part.text)
     return total
 
@@ -200,23 +265,33 @@ def _by_question(found: torch.Tensor, questions: Questions) -> dict[str, torch.T
     }
 
 
-def text_nll(tail: Tail, layers: Sequence[LayerWeights], text: Text) -> torch.Tensor:
+def text_nll(tail: Tail, layers: Sequence[LayerWeights], text: Sequence[Text]) -> torch.Tensor:
     """Mean negative log-likelihood per token."""
-    return -tail.logprobs(tail.run(text.states, layers), text.targets).mean()
+    sums = [tail.logprobs(tail.run(one.states, layers), one.targets).sum() for one in text]
+    return -torch.stack(sums).sum() / sum(len(one.targets) for one in text)
 
 
 @torch.inference_mode()
-def scores(tail: Tail, layers: Sequence[LayerWeights], part: Part) -> dict[str, Any]:
-    """What a plan reaches on one part: kl, ce, acc, agreement with the original, each with standard error; text perplexity."""
-    result: dict[str, Any] = {}
+def measure(tail: Tail, layers: Sequence[LayerWeights], part: Part) -> dict[str, Array]:
+    """What a plan reaches on one part: kl, ce, acc and agreement with the original for every question, text for every token."""
+    found: dict[str, torch.Tensor] = {}
     if part.questions is not None:
-        found = options(tail, layers, part.questions)
-        n = len(found)
-        for name, values in _by_question(found, part.questions).items():
-            result[name] = float(values.mean())
-            result[f"{name}_stderr"] = float(values.std() / math.sqrt(n)) if n > 1 else None
-        result["questions"] = n
-    if part.text is not None:
-        nll = float(text_nll(tail, layers, part.text))
-        result |= {"text_nll": nll, "perplexity": perplexity(nll), "text_tokens": len(part.text.targets)}
-    return result
+        found = _by_question(options(tail, layers, part.questions), part.questions)
+    if part.text:
+        found["text"] = -torch.cat([tail.logprobs(tail.run(one.states, layers), one.targets) for one in part.text])
+    return {name: values.cpu().double().numpy() for name, values in found.items()}
+
+
+def interval(name: str, values: Array) -> Mean:
+    """The mean of what `measure` found, with its interval: tokens count by blocks of neighbours."""
+    return mean(values, TEXT_BLOCK if name == "text" else 1)
+
+
+def scores(measured: Mapping[str, Array]) -> dict[str, Any]:
+    """Means with 95 % intervals, and the text's perplexity."""
+    found: dict[str, Any] = {name: interval(name, values).to_dict() for name, values in measured.items()}
+    if "text" in found:
+        found["perplexity"] = {
+            key: None if found["text"][key] is None else perplexity(found["text"][key]) for key in ("value", "low", "high")
+        }
+    return found

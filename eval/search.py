@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 import torch
 
@@ -16,12 +16,13 @@ from .mmlu import Subject
 from .objective import (
     PARTS,
     TARGETS,
+    Array,
     Part,
     capture_questions,
     capture_text,
     encode_questions,
     loss,
-    scores,
+    measure,
     text_nll,
     text_windows,
 )
@@ -32,7 +33,9 @@ LIMIT_WEIGHT = 10.0  # of what a gradient search pays per nat of text beyond its
 
 @dataclass
 class Problem:
-    """Everything a trial needs; `cut` is the first row that the space changes."""
+    """Everything a trial needs; `cut` is the first row that the space changes. Beside the parts that PARTS names there may be
+    `others`: held-out questions of subjects that the search is not about.
+    """
 
     tail: Tail
     mixture: Mixture
@@ -42,12 +45,12 @@ class Problem:
     @property
     def num_tokens(self) -> int:
         """Tokens whose hidden states are kept."""
-        return sum(one.states.num_tokens for part in self.parts.values() for one in (part.questions, part.text) if one)
+        return sum(one.states.num_tokens for part in self.parts.values() for one in part.held)
 
     @property
     def nbytes(self) -> int:
         """Size of the hidden states."""
-        return sum(one.states.nbytes for part in self.parts.values() for one in (part.questions, part.text) if one)
+        return sum(one.states.nbytes for part in self.parts.values() for one in part.held)
 
     def weights(self, target: str, text_weight: float) -> dict[str, float]:
         """The weight of every term of a target."""
@@ -59,13 +62,19 @@ class Problem:
         with torch.no_grad():
             return self.mixture.layers(space.mixes(torch.tensor(x, device=self.tail.lm.device)))
 
-    def loss(self, space: Space, x: torch.Tensor, weights: dict[str, float], limit: float | None) -> torch.Tensor:
-        """The loss on the part that is searched on, with a penalty beyond the limit of the text's nats per token."""
+    def loss(
+        self, space: Space, x: torch.Tensor, weights: dict[str, float], limit: float | None, batch: int | None = None
+    ) -> torch.Tensor:
+        """The loss on the part that is searched on, with a penalty beyond the limit of the text's nats per token; of the text
+        only one batch if `batch` says so.
+        """
         layers = self.mixture.layers(space.mixes(x.to(self.tail.lm.device)))
-        value = loss(self.tail, layers, self.parts["search"], weights)
-        text = self.parts["search"].text
-        if limit is not None and text is not None:
-            value = value + LIMIT_WEIGHT * torch.relu(text_nll(self.tail, layers, text) - limit)
+        part = self.parts["search"]
+        if batch is not None and part.text:
+            part = Part(part.questions, (part.text[batch % len(part.text)],))
+        value = loss(self.tail, layers, part, weights)
+        if limit is not None and part.text:
+            value = value + LIMIT_WEIGHT * torch.relu(text_nll(self.tail, layers, part.text) - limit)
         return value
 
     def limited(self, space: Space, x: torch.Tensor, weights: dict[str, float], limit: float | None) -> tuple[float, float]:
@@ -83,15 +92,15 @@ class Problem:
     def text_nll(self, layers: Sequence[LayerWeights], part: str) -> float:
         """Nats per token of the text of a part; infinite where there is none."""
         text = self.parts[part].text
-        return float(text_nll(self.tail, layers, text)) if text is not None else math.inf
+        return float(text_nll(self.tail, layers, text)) if text else math.inf
 
-    def scores(self, plan: Plan | None, checkpoint: Checkpoint, part: str) -> dict[str, Any]:
-        """What a plan reaches on a part; None is the original model."""
+    def measure(self, plan: Plan | None, checkpoint: Checkpoint, part: str) -> dict[str, Array]:
+        """What a plan reaches on a part, question by question and token by token; None is the original model."""
         if plan is None:
             layers = [LayerWeights(i, {}) for i in range(self.cut, checkpoint.num_hidden_layers)]
         else:
             layers = plan_tail(self.tail, plan, checkpoint, self.cut, allow_mixed_attention=True)
-        return scores(self.tail, layers, self.parts[part])
+        return measure(self.tail, layers, self.parts[part])
 
 
 def make_problem(
@@ -105,6 +114,9 @@ def make_problem(
     seed: int,
     text_tokens: int,
     text_window: int,
+    text_batch: int | None = None,
+    others: Sequence[Subject] = (),
+    folder: Path | None = None,
     done: Callable[[int], object] = lambda tokens: None,
 ) -> Problem:
     """Runs the model once over all questions and texts, and keeps what enters the first row that the space changes.
@@ -113,6 +125,9 @@ def make_problem(
         subjects: may be empty; then only text counts.
         limit: questions per subject.
         text_tokens: of the text for the search, and half as many for each of the other parts.
+        text_batch: tokens of it that one gradient step takes; all if not given.
+        others: subjects of which only held-out questions are asked, to see what the search did to them.
+        folder: keeps the hidden states; what is there already is read.
         done: called with the number of tokens just run.
     """
     tail, cut = Tail(lm), first_mixed(space)
@@ -120,8 +135,12 @@ def make_problem(
     windows = text_windows(lm, text, [text_tokens, text_tokens // 2, text_tokens // 2], text_window) if text else {}
     parts = {}
     for part in PARTS:
-        questions = capture_questions(tail, encoded[part], cut, done) if encoded and encoded[part].ids else None
-        parts[part] = Part(questions, capture_text(tail, windows[part], cut, done) if windows else None)
+        questions = capture_questions(tail, encoded[part], cut, done, folder) if encoded and encoded[part].ids else None
+        parts[part] = Part(questions, capture_text(tail, windows[part], cut, done, text_batch, folder) if windows else ())
+    if others:
+        found = encode_questions(lm, others, num_fewshot, limit, seed)["held-out"]
+        if found.ids:
+            parts["others"] = Part(capture_questions(tail, found, cut, done, folder), ())
     return Problem(tail, Mixture(tail, space, cut), cut, parts)
 
 
@@ -145,7 +164,7 @@ def greedy_removal(
         windows: the text as token ids, as `objective.text_windows` cuts it.
         done: called with the number of trials just made.
     """
-    text = capture_text(tail, windows, 0)
+    (text,) = capture_text(tail, windows, 0)
     kept = list(range(len(tail.layers)))
     entering = [text.states]
     removed: list[Removal] = []

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
 BOOTSTRAP_SAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -19,6 +21,35 @@ MAX_NLL = 700.0  # exp of more does not fit into a float
 def stderr(values: Sequence[float]) -> float:
     """Standard error of the mean: sample standard deviation (n - 1) over root n; nan for fewer than two values."""
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean of `count` values with its 95 % interval; `block` neighbours count as one where they depend on each other."""
+
+    value: float
+    low: float
+    high: float
+    stderr: float
+    count: int
+    block: int = 1
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """For JSON, which has no nan."""
+        return {name: None if math.isnan(value) else value for name, value in vars(self).items()}
+
+
+def mean(values: npt.ArrayLike, block: int = 1) -> Mean:
+    """The mean of values, for instance of differences, with an interval by Student's t over the means of blocks.
+
+    Tokens of a text depend on their neighbours, so their standard error is that of blocks. Values left over at the end
+    are in the mean but not in its error; the interval is of nan where there are fewer than two blocks.
+    """
+    found = np.asarray(values, dtype=np.float64)
+    blocks = found[: len(found) // block * block].reshape(-1, block).mean(axis=1)
+    value, error = float(found.mean()), stderr(blocks)
+    half = float(student.ppf(0.5 + CONFIDENCE / 2, max(1, len(blocks) - 1))) * error
+    return Mean(value, value - half, value + half, error, len(found), block)
 
 
 def perplexity(nll: float) -> float:

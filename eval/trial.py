@@ -11,6 +11,7 @@ them. So every family that PrefixLM runs can be tried, and gradients flow from t
 """
 
 import functools
+import hashlib
 import importlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,8 @@ from .tree import Limits, Pack
 from .tree import plan as prefix_trees
 
 NORM = "input_layernorm.weight"
-BATCH_TOKENS = 2**12  # keys and values that are side by side in one call of the last layer; more leave the cache
+GROUP_ENTRIES = 2**16  # answers times tokens in one call of the last layer: more calls cost time, and so do masked entries
+SAMPLED = 256  # values of a tensor that tell it from others
 HEAD_ROWS = 256  # answers whose logits over the whole vocabulary exist at a time
 
 
@@ -90,8 +92,8 @@ class States:
         """Tokens whose hidden states are kept."""
         return sum(len(cluster.hidden) for cluster in self.clusters)
 
-    def save(self, path: Path) -> None:
-        """Writes one safetensors file."""
+    def save(self, path: Path, **more: torch.Tensor) -> None:
+        """Writes one safetensors file, with more tensors by name."""
         save_file = importlib.import_module("safetensors.torch").save_file
         shape = [
             {"past": cluster.past, "packs": [vars(pack) | {"pack": vars(pack.pack)} for pack in cluster.packs]}
@@ -99,12 +101,24 @@ class States:
         ]
         metadata = {"cut": str(self.cut), "num_answers": str(self.num_answers), "clusters": json.dumps(shape)}
         with whole_file(path) as scratch:
-            save_file({str(i): cluster.hidden for i, cluster in enumerate(self.clusters)}, scratch, metadata)
+            save_file({**more, **{str(i): cluster.hidden for i, cluster in enumerate(self.clusters)}}, scratch, metadata)
 
     @classmethod
-    def load(cls, path: Path, device: str = "cpu") -> "States":
-        """What `save` wrote."""
-        with importlib.import_module("safetensors").safe_open(path, "pt", device=device) as file:
+    def load(cls, path: Path, device: str = "cpu") -> "tuple[States, dict[str, torch.Tensor]]":
+        """What `save` wrote: the states, and the other tensors.
+
+        Raises:
+            TrialError: the file is damaged.
+        """
+        safetensors = importlib.import_module("safetensors")
+        try:
+            return cls._read(safetensors, path, device)
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise TrialError(f"{path} does not hold hidden states ({type(error).__name__}); remove it") from error
+
+    @classmethod
+    def _read(cls, safetensors: Any, path: Path, device: str) -> "tuple[States, dict[str, torch.Tensor]]":
+        with safetensors.safe_open(path, "pt", device=device) as file:
             metadata = file.metadata()
             clusters = [
                 ClusterStates(
@@ -114,20 +128,19 @@ class States:
                 )
                 for i, shape in enumerate(json.loads(metadata["clusters"]))
             ]
-        return cls(int(metadata["cut"]), clusters, int(metadata["num_answers"]))
+            more = {name: file.get_tensor(name) for name in file.keys() if not name.isdecimal()}
+        return cls(int(metadata["cut"]), clusters, int(metadata["num_answers"])), more
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Some packs of a cluster side by side, as the last layer takes them; shorter ones are padded with their first entry.
+class _Group:
+    """Neighbouring packs of a cluster as one: `size` tokens; answers `rows` [R] see what `masks` [1, 1, R, past + size] say.
 
-    rows: [B, R] tokens of the cluster that are answers. keys: [B, T] tokens that its answers may see. real: [B, R], whether a
-    row is an answer and not padding. masks: for each kind of attention, [B, 1, R, T]. depth: [B, R].
+    rows are numbers of tokens in the cluster; depth: [1, R].
     """
 
+    size: int
     rows: torch.Tensor
-    keys: torch.Tensor
-    real: torch.Tensor
     masks: Any
     depth: torch.Tensor
 
@@ -152,6 +165,22 @@ class Tail:
         model_type = self.model.config.get_text_config().model_type
         self._norm_offset = FAMILIES[model_type].norm_offset if model_type in FAMILIES else 0.0
         self._tables: list[dict[str, Any]] = []
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Tells this model, in this dtype, from others: a hash of names, shapes and a sample of every weight."""
+        found = hashlib.sha256()
+        for name, weight in self.model.named_parameters():
+            flat = weight.detach().flatten()
+            sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy()
+            found.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + sample.tobytes())
+        return found.hexdigest()
+
+    def key(self, inputs: Sequence[Sequence[int]], first: Sequence[int], cut: int) -> str:
+        """Names what `capture` would give: of this model, these inputs and this cut."""
+        packs = (self.lm.pack_tokens, self.lm.pack_scored)
+        content = json.dumps([self.fingerprint, [list(one) for one in inputs], list(first), cut, packs])
+        return hashlib.sha256(content.encode()).hexdigest()[:20]
 
     @torch.no_grad()
     def capture(
@@ -214,7 +243,7 @@ class Tail:
         """The states that leave a layer, for every token."""
         clusters = []
         for cluster in states.clusters:
-            shared = {key: value for key, value in cluster.made.items() if key in ("batches", "depth")}
+            shared = {key: value for key, value in cluster.made.items() if key in ("groups", "depth")}
             clusters.append(ClusterStates(self._whole(cluster, layer, cluster.hidden), cluster.past, cluster.packs, shared))
         return States(states.cut, clusters, states.num_answers)
 
@@ -249,11 +278,18 @@ class Tail:
         def some(rows: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
             return torch.log_softmax(self.logits(rows), -1).gather(1, wanted[:, None])[:, 0]
 
-        if hidden.requires_grad:  # logits are made again on the way back rather than kept
-            checkpoint = importlib.import_module("torch.utils.checkpoint").checkpoint
-            some = functools.partial(checkpoint, some, use_reentrant=False)
+        def with_gradient(rows: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            given = rows.detach().requires_grad_(True)
+            value = some(given, wanted)
+            return value.detach(), torch.autograd.grad(value.sum(), given)[0]
+
         pieces = zip(hidden.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True)
-        return torch.cat([some(rows, wanted) for rows, wanted in pieces])
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
+            return torch.cat([some(rows, wanted) for rows, wanted in pieces])
+        # A row's value depends on that row alone, so its gradient [D] can be had at once, while its logits [V] exist.
+        values, gradients = zip(*(with_gradient(rows, wanted) for rows, wanted in pieces), strict=True)
+        found: torch.Tensor = _Known.apply(hidden, torch.cat(values), torch.cat(gradients))
+        return found
 
     def _whole(self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor) -> torch.Tensor:
         """One layer on every token of a cluster [N, D] -> [N, D]."""
@@ -272,13 +308,18 @@ class Tail:
     def _last(self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor) -> list[torch.Tensor]:
         """The last layer at the answers of each pack."""
         keys, values = self._keys_values(cluster, layer, hidden)
-        if "batches" not in cluster.made:
+        if "groups" not in cluster.made:
             with _plain():
-                cluster.made["batches"] = list(self._batches(cluster))
+                cluster.made["groups"] = list(self._groups(cluster))
+        groups: list[_Group] = cluster.made["groups"]
+        # Split, not sliced: the gradient of every slice of a large tensor is a large tensor, mostly of zeros.
+        sizes = [cluster.past, *(group.size for group in groups)]
+        (prefix_keys, *more_keys), (prefix_values, *more_values) = keys.split(sizes, dim=2), values.split(sizes, dim=2)
+        asking = hidden[torch.cat([group.rows for group in groups])].split([len(group.rows) for group in groups])
         result = []
-        for batch in cluster.made["batches"]:
-            cache = _Return(*(x[0][:, batch.keys].transpose(0, 1) for x in (keys, values)))
-            result.append(self._call(layer, hidden[batch.rows], batch.depth, cache, batch.masks)[batch.real])
+        for group, some, k, v in zip(groups, asking, more_keys, more_values, strict=True):
+            cache = _Return(torch.cat([prefix_keys, k], dim=2), torch.cat([prefix_values, v], dim=2))
+            result.append(self._call(layer, some[None], group.depth, cache, group.masks)[0])
         return result
 
     def _keys_values(
@@ -325,35 +366,24 @@ class Tail:
                 changed[name] = (changed[name] if name in changed else own) * gain
         return LayerWeights(layer.base, changed)
 
-    def _batches(self, cluster: ClusterStates) -> Iterator[_Batch]:
-        """The packs of a cluster, as many side by side as stay within BATCH_TOKENS keys and values."""
-        device, past = cluster.hidden.device, cluster.past
-        longest = past + max(len(pack.pack.tokens) for pack in cluster.packs)
-        size = max(1, BATCH_TOKENS // longest)
-        for first in range(0, len(cluster.packs), size):
-            packs = cluster.packs[first : first + size]
-            most = max(len(pack.rows) for pack in packs)
-            length = past + max(len(pack.pack.tokens) for pack in packs)
-            rows = torch.zeros(len(packs), most, dtype=torch.long, device=device)
-            depth, real = torch.zeros_like(rows), torch.zeros_like(rows, dtype=torch.bool)
-            keys = torch.zeros(len(packs), length, dtype=torch.long, device=device)
-            found: dict[str | None, list[torch.Tensor]] = {}
-            for i, pack in enumerate(packs):
-                nodes, count = len(pack.pack.tokens), len(pack.rows)
-                at = torch.tensor(pack.rows, device=device)
-                rows[i] = pack.start + at[0]
-                rows[i, :count] = pack.start + at
-                depth[i] = pack.pack.depth[pack.rows[0]]
-                depth[i, :count] = torch.tensor(pack.pack.depth, device=device)[at]
-                real[i, :count] = True
-                keys[i, :past] = torch.arange(past, device=device)
-                keys[i, past : past + nodes] = torch.arange(pack.start, pack.start + nodes, device=device)
-                masks = self.lm._masks(pack.pack, past, pack.rows + [pack.rows[0]] * (most - count))
-                for kind, mask in masks.items() if isinstance(masks, dict) else [(None, masks)]:
-                    hide = torch.finfo(mask.dtype).min
-                    found.setdefault(kind, []).append(torch.nn.functional.pad(mask, (0, length - past - nodes), value=hide))
-            whole = {kind: torch.cat(several) for kind, several in found.items()}
-            yield _Batch(rows, keys, real, whole[None] if None in whole else whole, depth)
+    def _groups(self, cluster: ClusterStates) -> Iterator[_Group]:
+        """Neighbouring packs of a cluster joined, as long as their mask stays within GROUP_ENTRIES."""
+        device, joined, rows, start = cluster.hidden.device, Pack(), list[int](), cluster.past
+        for i, pack in enumerate(cluster.packs):
+            offset = len(joined.tokens)
+            joined.tokens += pack.pack.tokens
+            joined.depth += pack.pack.depth
+            joined.end += [end + offset for end in pack.pack.end]
+            rows += [row + offset for row in pack.rows]
+            after = cluster.packs[i + 1 : i + 2]
+            together = [len(joined.tokens) + len(one.pack.tokens) for one in after]
+            if after and (len(rows) + len(after[0].rows)) * (cluster.past + together[0]) <= GROUP_ENTRIES:
+                continue
+            at = torch.tensor(rows, device=device)
+            depth = torch.tensor(joined.depth, device=device)[at][None]
+            yield _Group(len(joined.tokens), at + start, self.lm._masks(joined, cluster.past, rows), depth)
+            start += len(joined.tokens)
+            joined, rows = Pack(), []
 
     def _call(self, layer: LayerWeights, hidden: torch.Tensor, depth: Any, cache: Any, masks: Any) -> torch.Tensor:
         """The layer's own forward on [B, T, D] at positions `depth` [B, T]."""
@@ -515,6 +545,20 @@ def _plain() -> Iterator[None]:
     """Inside, tensors are made that later trials may take gradients through, whatever mode this trial is run in."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+class _Known(torch.autograd.Function):
+    """Values [A] of the rows of `hidden` [A, D] whose gradients [A, D] are known."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, values: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradients)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradients,) = ctx.saved_tensors
+        return incoming[0][:, None] * gradients, None, None
 
 
 class _StopHere(Exception):  # noqa: N818 (not an error)

@@ -7,7 +7,7 @@ dominates a mixture decides more than its exact share. The loss is an argument; 
 import importlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,13 +27,23 @@ LIMIT = "limit"  # name of the constraint that a trial may miss
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One evaluation: of parameters `x`, on the way from `start`, the loss there, and by how much a limit was missed."""
+
+    start: str
+    step: int
+    x: tuple[float, ...]
+    loss: float
+    over: float = 0.0
+
+
+@dataclass(frozen=True)
 class Candidate:
     """Parameters that a search ended with, where it began, and the loss there (of the part that was searched on)."""
 
     start: str
     x: tuple[float, ...]
     loss: float
-    history: tuple[float, ...] = ()
 
 
 def gradient_search(
@@ -44,36 +54,39 @@ def gradient_search(
     refine: int = 3,
     learning_rate: float = LEARNING_RATE,
     extra_starts: Mapping[str, torch.Tensor] | None = None,
-    progress: Callable[[float], object] = lambda value: None,
+    step_loss: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    progress: Callable[[Trial], object] = lambda trial: None,
 ) -> list[Candidate]:
     """Adam with a cosine schedule from the best `refine` of all starts; the best point on each way, best first.
 
     Args:
         loss: of parameters x (see `space`); a scalar that gradients flow back from.
-        progress: called with the loss after every evaluation.
+        step_loss: of parameters and the number of a step, an estimate of the loss that a step takes instead (of a part of
+            the data); then the better of a way's start and end is kept.
+        progress: called with every trial.
     """
     starts = {**space.starts(), **(extra_starts or {})}
     with torch.no_grad():
         first = {}
         for name, x in starts.items():
             first[name] = float(loss(x))
-            progress(first[name])
+            progress(Trial(name, 0, tuple(x.tolist()), first[name]))
     chosen = sorted(first, key=lambda name: (not math.isfinite(first[name]), first[name]))[:refine]
     found = []
     for name in chosen:
         u = space.unbound(starts[name]).clone().requires_grad_(True)
         optimiser = torch.optim.Adam([u], lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps), eta_min=0.1 * learning_rate)
-        best, history = (first[name], starts[name].detach()), [first[name]]
-        for _ in range(steps):
+        best = (first[name], starts[name].detach())
+        for step in range(steps):
             x = space.bound(u)
-            value = loss(x)
-            history.append(float(value.detach()))
-            progress(history[-1])
-            if not math.isfinite(history[-1]):
+            value = loss(x) if step_loss is None else step_loss(x, step)
+            here = float(value.detach())
+            progress(Trial(name, step + 1, tuple(x.detach().tolist()), here))
+            if not math.isfinite(here):
                 break  # what was found before stays
-            if history[-1] < best[0]:
-                best = (history[-1], x.detach().clone())
+            if step_loss is None and here < best[0]:
+                best = (here, x.detach().clone())
             optimiser.zero_grad()
             torch.autograd.backward(value)
             optimiser.step()
@@ -81,10 +94,10 @@ def gradient_search(
         with torch.no_grad():
             x = space.bound(u)
             last = float(loss(x))
-            progress(last)
+            progress(Trial(name, steps + 1, tuple(x.tolist()), last))
         if last < best[0]:
             best = (last, x.clone())
-        found.append(Candidate(name, tuple(best[1].tolist()), best[0], (*history, last)))
+        found.append(Candidate(name, tuple(best[1].tolist()), best[0]))
     return sorted(found, key=lambda candidate: candidate.loss)
 
 
@@ -96,7 +109,7 @@ def study_search(
     method: str,
     trials: int,
     seed: int = 0,
-    progress: Callable[[float], object] = lambda value: None,
+    progress: Callable[[Trial], object] = lambda trial: None,
 ) -> list[Candidate]:
     """Runs a study until it has `trials` complete trials, by this and all other workers on it; best first.
 
@@ -116,7 +129,7 @@ def study_search(
         x = torch.tensor([trial.suggest_float(name, low, high) for name in names])
         value, over = loss(x)
         trial.set_constraint(LIMIT, over)
-        progress(value)
+        progress(Trial("", trial.number, tuple(x.tolist()), value, over))
         if not math.isfinite(value):
             raise library.TrialPruned
         return value
@@ -132,9 +145,45 @@ def study_search(
             study.optimize(objective, n_trials=1)
         count = len(study.get_trials(deepcopy=False, states=complete))
         tried += 1
-    done = [t for t in study.get_trials(deepcopy=False, states=complete) if t.constraints.get(LIMIT, 0.0) <= 0.0]
-    found = [Candidate(f"trial {t.number}", tuple(t.params[name] for name in names), float(t.value or 0.0)) for t in done]
+    found = [Candidate(f"trial {t.step}", t.x, t.loss) for t in study_trials(space, study) if t.over <= 0.0]
     return sorted(found, key=lambda candidate: candidate.loss)[:10]
+
+
+def study_trials(space: Space, study: "optuna.Study") -> list[Trial]:
+    """The complete trials of a study, of all its workers and runs; `step` is a trial's number."""
+    complete = (importlib.import_module("optuna").trial.TrialState.COMPLETE,)
+    return [
+        Trial(
+            "given" if "fixed_params" in t.system_attrs else "sampled",
+            t.number,
+            tuple(t.params[name] for name in space.names),
+            float(t.value or 0.0),
+            float(t.constraints.get(LIMIT, 0.0)),
+        )
+        for t in study.get_trials(deepcopy=False, states=complete)
+    ]
+
+
+def slices(
+    space: Space,
+    loss: Callable[[torch.Tensor], float],
+    x: Sequence[float],
+    moved: Sequence[float],
+    count: int = 8,
+    points: int = 9,
+) -> dict[str, list[tuple[float, float]]]:
+    """The loss along single parameters around `x`, of those that moved most (`moved`, one number for each), most first.
+
+    A curve runs over the parameter's bounds if they are those of a share (0 to 1), else 0.5 to either side.
+    """
+    low, high = space.bounds
+    order = sorted(range(len(x)), key=lambda i: -moved[i])[:count]
+    found = {}
+    for i in order:
+        start, end = (low, high) if (low, high) == (0.0, 1.0) else (x[i] - 0.5, x[i] + 0.5)
+        values = sorted({*(start + (end - start) * k / (points - 1) for k in range(points)), x[i]})
+        found[space.names[i]] = [(v, loss(torch.tensor([*x[:i], v, *x[i + 1 :]]))) for v in values]
+    return found
 
 
 def open_study(storage: str | None, name: str, settings: Mapping[str, Any], *, resume: bool) -> "optuna.Study":

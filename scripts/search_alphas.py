@@ -2,7 +2,6 @@
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
-import csv
 import json
 import logging
 import math
@@ -13,35 +12,27 @@ from typing import Any
 from _cli import UsageError, add_model_options, parser, run
 from _scoring import add_run_options, check_positive, counter, find_source, load
 
-from eval.errors import DataError
-from eval.mmlu import ARCHIVE_NAMES, GROUPS, read_mmlu
+from eval.errors import DataError, TrialError
+from eval.mmlu import ARCHIVE_NAMES, GROUPS, SUBJECTS, read_mmlu
 from merge.alphas import Alphas as AlphasFile
-from merge.alphas import alphas_to_dict, read_alphas
+from merge.alphas import alphas_to_dict, plan_from_alphas, read_alphas
 from merge.errors import PlanError
 from merge.methods import plan_dropping, plan_from_method
-from merge.plan import Plan, chain, plan_to_dict
+from merge.plan import Plan, chain, compose, read_plan
 
 METHOD_CHOICES = ("gradient", "gp", "tpe")
 TARGET_CHOICES = ("kl+text", "kl", "ce", "text", "ce+text", "acc")
+TEXT_OBJECTIVES = ("nll", "perplexity")
 # What may differ between the workers of a study, and between a run and the one that resumes it.
 NOT_SETTINGS = (
-    "storage",
-    "resume",
-    "trials",
-    "out",
-    "device",
-    "batch_size",
-    "verbose",
-    "quiet",
-    "steps",
-    "refine",
-    "learning_rate",
+    *("storage", "resume", "trials", "out", "overwrite", "device", "batch_size", "verbose", "quiet", "steps", "refine"),
+    *("learning_rate", "states", "control", "no_others", "slices", "no_plots"),
 )
 EXAMPLES = """\
   python scripts/search_alphas.py --model M --alphas alphas/base.json --data-dir MMLU --text train.txt --out found
   python scripts/search_alphas.py --model M --layers 8 --space coefficients --data-dir MMLU --text train.txt
   python scripts/search_alphas.py --model M --layers 8 --method gp --trials 200 --storage sqlite:///search.db --resume
-  python scripts/search_alphas.py --model M --remove 3,4,5,12 --space coefficients --target text --text train.txt"""
+  python scripts/search_alphas.py --model M --greedy 8 --objective perplexity --text train.txt"""
 
 
 def options() -> argparse.ArgumentParser:
@@ -52,14 +43,17 @@ def options() -> argparse.ArgumentParser:
     what.add_argument("--alphas", type=Path, metavar="FILE", help="the steps of an alphas file; its alphas are one start")
     what.add_argument("--layers", type=int, metavar="N", help="fold the top N + 1 layers into one")
     what.add_argument("--remove", metavar="A,B,...", help="remove these layers; each kept layer may mix in those above it")
+    what.add_argument("--greedy", type=int, metavar="N", help="the same with N layers chosen greedily by --text first (SLEB)")
     how = result.add_argument_group("search")
-    how.add_argument("--space", choices=("alphas", "coefficients"), help="default: alphas, with --remove coefficients")
+    how.add_argument("--space", choices=("alphas", "coefficients"), help="default: alphas; else coefficients")
     how.add_argument("--no-norms", action="store_true", help="coefficients for matrices only")
     how.add_argument("--method", choices=METHOD_CHOICES, default="gradient", help="default: gradient")
-    how.add_argument("--target", choices=TARGET_CHOICES, default="kl+text", help="what is minimised (default: kl+text)")
+    how.add_argument("--target", choices=TARGET_CHOICES, help="what is minimised (default: kl+text; text for nll, perplexity)")
     how.add_argument("--text-weight", type=float, default=0.2, metavar="W", help="of text in sums (default: 0.2)")
     how.add_argument("--max-perplexity", type=float, metavar="X", help="only plans whose text perplexity stays below X")
-    how.add_argument("--objective", default="average", help="average (all subjects), a group such as stem, or a subject")
+    how.add_argument(
+        "--objective", default="average", help="average (all subjects), a group such as stem, a subject, nll or perplexity"
+    )
     how.add_argument("--steps", type=int, default=80, metavar="N", help="gradient steps from each start (default: 80)")
     how.add_argument("--refine", type=int, default=3, metavar="N", help="starts that gradients go on from (default: 3)")
     how.add_argument("--learning-rate", type=float, default=0.03, metavar="X", help="default: 0.03")
@@ -82,145 +76,209 @@ def options() -> argparse.ArgumentParser:
         "--text-tokens", type=int, default=4096, metavar="N", help="of it for the search, and half as many for each check"
     )
     data.add_argument("--text-window", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    data.add_argument("--text-batch", type=int, metavar="N", help="tokens of it per gradient step (default: all)")
+    data.add_argument("--states", type=Path, metavar="DIR", help="keep the hidden states there, and read what is there already")
     add_run_options(result)
-    result.add_argument("--out", type=Path, default=Path("found"), metavar="DIR", help="folder for results (default: found)")
+    out = result.add_argument_group("results")
+    out.add_argument("--out", type=Path, default=Path("found"), metavar="DIR", help="folder for results (default: found)")
+    out.add_argument("--overwrite", action="store_true", help="replace the results in it")
+    out.add_argument("--control", type=Path, action="append", default=[], metavar="PLAN", help="a plan to report beside, too")
+    out.add_argument("--no-others", action="store_true", help="do not ask the subjects that the objective is not about")
+    out.add_argument("--slices", type=int, default=8, metavar="N", help="parameters to draw the loss along (default: 8)")
+    out.add_argument("--no-plots", action="store_true", help="numbers only")
     return result
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Searches, selects, reports and writes."""
-    if sum(x is not None for x in (arguments.alphas, arguments.layers, arguments.remove)) != 1:
-        raise UsageError("give one of --alphas, --layers and --remove")
-    wants_text, wants_questions = "text" in arguments.target, arguments.target != "text"
-    if (wants_text or arguments.max_perplexity) and arguments.text is None:
-        raise UsageError(f"--target {arguments.target} and --max-perplexity need --text FILE")
-    if arguments.target == "acc" and arguments.method == "gradient":
-        raise UsageError("accuracy has no gradient; use --method gp or tpe, or another --target")
-    check_positive(arguments, "steps", "refine", "trials", "limit", "num_fewshot", "text_tokens", "text_window")
+    _check(arguments)
+    wants_questions = arguments.target != "text"
     source = find_source(arguments)
     checkpoint = source.checkpoint()
-    layers = checkpoint.num_hidden_layers
-    start = _start(arguments, layers)
-    subjects = read_mmlu(arguments.data_dir, _subjects(arguments.objective), arguments.split) if wants_questions else []
+    controls = {path.stem: read_plan(path) for path in arguments.control}
+    subjects, others = [], []
+    if wants_questions:
+        wanted = _subjects(arguments.objective)
+        subjects = read_mmlu(arguments.data_dir, wanted, arguments.split)
+        if wanted and not arguments.no_others:
+            rest = [name for name in SUBJECTS if name not in wanted]
+            try:
+                others = read_mmlu(arguments.data_dir, rest, arguments.split)
+            except DataError as error:
+                raise DataError(f"{error}; give --no-others to leave out what the search does to other subjects") from error
+    start = None if arguments.greedy else _start(arguments, checkpoint.num_hidden_layers)
+    study = None
+    if arguments.method != "gradient":  # a study that cannot be gone on with is refused before the model is run
+        from merge.search import open_study
+
+        settings = {key: str(value) for key, value in vars(arguments).items() if key not in NOT_SETTINGS}
+        study = open_study(arguments.storage, arguments.name, settings, resume=arguments.resume)
 
     from eval.run import plain_text
-    from eval.search import Problem, make_problem
-    from merge.space import Alphas, Coefficients, Space, effective_dimensions, groups_of, windows
+    from eval.search import make_problem
+    from eval.search_report import others_line, summary, table, verdict
 
     text = plain_text(arguments.text) if arguments.text else None
     lm, placement = load(arguments, source)
-    names = list(checkpoint.layers[0])
-    space: Space
-    if (arguments.space or ("coefficients" if arguments.remove else "alphas")) == "alphas":
+    if start is None:
+        assert text is not None  # _check saw to it
+        start = _greedy(arguments, lm, text, checkpoint.num_hidden_layers)
+    space = _space(arguments, start, checkpoint)
+
+    started = time.perf_counter()
+    with counter("running the model once", "token", 0, arguments.quiet) as bar:
+        problem = make_problem(
+            lm, space, subjects, text,
+            num_fewshot=arguments.num_fewshot, limit=arguments.limit, seed=arguments.seed,
+            text_tokens=arguments.text_tokens if text else 0, text_window=arguments.text_window,
+            text_batch=arguments.text_batch, others=others, folder=arguments.states, done=bar.update,
+        )  # fmt: skip
+    weights = problem.weights(arguments.target, arguments.text_weight)
+    captured = time.perf_counter() - started
+    logging.info("hidden states of %s tokens, %.2f GB", f"{problem.num_tokens:,}", problem.nbytes / 1e9)
+
+    started = time.perf_counter()
+    candidates, trials, new = _search(arguments, space, problem, weights, start, study)
+    searched = time.perf_counter() - started
+    if not candidates:
+        raise DataError("no trial met the limit; raise --max-perplexity or search longer")
+    selected = min(candidates, key=lambda one: problem.value(problem.tail_of(space, one.x), "selection", weights))
+    plan = space.plan(selected.x, arguments.out.name)
+
+    plans: dict[str, Plan | None] = {"original": None}
+    if start.steps:
+        plans["start"] = start
+    plans |= {"dropped": start.dropped()}
+    plans["drop-last"] = plan_from_method("drop-last", start.num_hidden_layers, start.num_hidden_layers - len(start.rows))
+    plans |= {**controls, "found": plan}
+    measured = {}
+    for name, one in plans.items():
+        try:
+            measured[name] = {part: problem.measure(one, checkpoint, part) for part in problem.parts}
+        except TrialError as error:
+            logging.warning("%s is left out: %s", name, error)
+    report: dict[str, Any] = {
+        "model": source.spec, "target": arguments.target, "weights": weights, "objective": arguments.objective,
+        "method": arguments.method, "space": type(space).__name__.lower(), "parameters": len(space.names),
+        "seed": arguments.seed, "max_perplexity": arguments.max_perplexity,
+        "split": arguments.split if wants_questions else None, "dtype": placement.dtype, "device": placement.device,
+        "start_of_winner": selected.start, "loss": selected.loss, "evaluations": new, "trials": len(trials),
+        "capture_s": round(captured, 2), "search_s": round(searched, 2), "tokens_cached": problem.num_tokens,
+        "bytes_cached": problem.nbytes, **summary(measured), "verdict": verdict(measured, list(weights)),
+    }  # fmt: skip
+    _write(arguments, source, plan, space, trials, report)
+    if not arguments.no_plots:
+        _draw(arguments, space, problem, weights, selected, trials, {name: one for name, one in plans.items() if one})
+    print(
+        f"{arguments.method} over {len(space.names)} {report['space']}, target {arguments.target}: {new} trials in "
+        f"{searched:.1f} s ({new / max(searched, 1e-9):.2f} per s) after one run of the model ({captured:.1f} s); "
+        f"from {selected.start!r}"
+    )
+    print(table(report))
+    print(report["verdict"])
+    if (line := others_line(measured)) is not None:
+        print(line)
+    print(json.dumps({"out": str(arguments.out), "found": report["scores"]["found"]["held-out"]}))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses options that contradict each other, and fills in what the objective implies."""
+    if sum(x is not None for x in (arguments.alphas, arguments.layers, arguments.remove, arguments.greedy)) != 1:
+        raise UsageError("give one of --alphas, --layers, --remove and --greedy")
+    if arguments.objective in TEXT_OBJECTIVES:
+        if arguments.target not in (None, "text"):
+            raise UsageError(f"--objective {arguments.objective} is of plain text; leave --target {arguments.target} out")
+        arguments.target = "text"
+    arguments.target = arguments.target or "kl+text"
+    for name, given in (
+        (f"--target {arguments.target}", "text" in arguments.target),
+        ("--max-perplexity", arguments.max_perplexity),
+        ("--greedy", arguments.greedy is not None),
+    ):
+        if given and arguments.text is None:
+            raise UsageError(f"{name} needs --text FILE")
+    if arguments.target == "acc" and arguments.method == "gradient":
+        raise UsageError("accuracy has no gradient; use --method gp or tpe, or another --target")
+    if arguments.max_perplexity is not None and not arguments.max_perplexity > 1.0:
+        raise UsageError(f"--max-perplexity is {arguments.max_perplexity}, expected more than 1")
+    names = ("steps", "refine", "trials", "limit", "num_fewshot", "text_tokens", "text_window", "text_batch", "greedy")
+    check_positive(arguments, *names)
+    # A study that goes on writes its results again.
+    if (arguments.out / "search.json").exists() and not (arguments.overwrite or arguments.resume):
+        raise UsageError(f"{arguments.out} holds the results of a search; give --overwrite, or another --out")
+
+
+def _space(arguments: argparse.Namespace, start: Plan, checkpoint: Any) -> Any:
+    """What may change about the start."""
+    from merge.space import Alphas, Coefficients, effective_dimensions, groups_of, windows
+
+    layers, names = checkpoint.num_hidden_layers, list(checkpoint.layers[0])
+    space: Any
+    if (arguments.space or ("alphas" if start.steps else "coefficients")) == "alphas":
         if not start.steps:
-            raise UsageError("--remove says which layers go but not into which; use --space coefficients")
+            raise UsageError("--remove and --greedy say which layers go but not into which; use --space coefficients")
         space = Alphas(start.steps, layers, groups_of(names, norms=False))
         logging.warning(
             "%d alphas, of which about %.1f matter at the start (effective dimensions)",
             len(start.steps), effective_dimensions(start.steps, layers),
         )  # fmt: skip
     else:
-        rows = windows(start)
-        if start.steps:  # the same layers as the alphas may mix
-            rows = Alphas(start.steps, layers, ()).rows
+        # Where alphas are given, the same layers may mix.
+        rows = Alphas(start.steps, layers, ()).rows if start.steps else windows(start)
         space = Coefficients(rows, layers, groups_of(names, norms=not arguments.no_norms), checkpoint.model_type)
     if not space.names:
         raise PlanError("nothing is removed, so there is nothing to search")
-
-    started = time.perf_counter()
-    with counter("running the model once", "token", 0, arguments.quiet) as bar:
-        problem: Problem = make_problem(
-            lm, space, subjects, text,
-            num_fewshot=arguments.num_fewshot, limit=arguments.limit, seed=arguments.seed,
-            text_tokens=arguments.text_tokens if text else 0, text_window=arguments.text_window, done=bar.update,
-        )  # fmt: skip
-    weights = problem.weights(arguments.target, arguments.text_weight)
-    captured = time.perf_counter() - started
-    logging.info("hidden states of %s tokens, %.2f GB", f"{problem.num_tokens:,}", problem.nbytes / 1e9)
-
-    candidates, evaluations, seconds = _search(arguments, space, problem, weights, start)
-    if not candidates:
-        raise DataError("no trial met the limit; raise --max-perplexity or search longer")
-
-    baselines = {"original": None, "start": start if start.steps else None, "dropped": start.dropped()}
-    baselines["drop-last"] = plan_from_method("drop-last", layers, layers - len(start.rows))
-    selected = min(candidates, key=lambda one: problem.value(problem.tail_of(space, one.x), "selection", weights))
-    plan = space.plan(selected.x, arguments.out.name)
-    report: dict[str, Any] = {
-        "model": source.spec, "target": arguments.target, "weights": weights, "objective": arguments.objective,
-        "method": arguments.method, "space": type(space).__name__.lower(), "parameters": len(space.names),
-        "seed": arguments.seed,
-        "split": arguments.split if wants_questions else None, "dtype": placement.dtype, "device": placement.device,
-        "start_of_winner": selected.start, "loss": selected.loss, "evaluations": evaluations,
-        "capture_s": round(captured, 2), "search_s": round(seconds, 2), "tokens_cached": problem.num_tokens,
-        "scores": {},
-    }  # fmt: skip
-    for name, one in {**baselines, "found": plan}.items():
-        if name == "original" or one is not None:
-            report["scores"][name] = {part: problem.scores(one, checkpoint, part) for part in problem.parts}
-    _write(arguments, source, plan, space, selected, candidates, report)
-    print(_table(report))
-    print(json.dumps({"out": str(arguments.out), "found": report["scores"]["found"]["held-out"]}))
+    return space
 
 
 def _search(
-    arguments: argparse.Namespace, space: Any, problem: Any, weights: dict[str, float], start: Plan
-) -> tuple[list[Any], int, float]:
-    """(candidates, evaluations, seconds)."""
+    arguments: argparse.Namespace, space: Any, problem: Any, weights: dict[str, float], start: Plan, study: Any
+) -> tuple[list[Any], list[Any], int]:
+    """(candidates, all trials, how many of them are new)."""
     import torch
 
-    from merge.search import gradient_search, open_study, study_search
+    from merge.search import gradient_search, study_search, study_trials
 
     limit = math.log(arguments.max_perplexity) if arguments.max_perplexity else None
-    started, count = time.perf_counter(), [0]
-    total = (
-        len(space.starts()) + arguments.refine * (arguments.steps + 1) if arguments.method == "gradient" else arguments.trials
-    )
+    trials: list[Any] = []
+    total = arguments.trials if study else len(space.starts()) + arguments.refine * (arguments.steps + 1)
     with counter("searching", "trial", total, arguments.quiet) as bar:
 
-        def progress(value: float) -> None:
-            count[0] += 1
-            bar.set_postfix_str(f"loss {value:.4f}")
+        def progress(trial: Any) -> None:
+            trials.append(trial)
+            bar.set_postfix_str(f"loss {trial.loss:.4f}")
             bar.update(1)
 
-        if arguments.method == "gradient":
-            extra = (
-                {"the file's alphas": torch.tensor([step.alpha for step in start.steps])}
-                if len(space.names) == len(start.steps)
-                else {}
-            )
+        if study is None:
+            own = torch.tensor([step.alpha for step in start.steps])
             found = gradient_search(
                 space,
                 lambda x: problem.loss(space, x, weights, limit),
+                step_loss=(lambda x, step: problem.loss(space, x, weights, limit, step)) if arguments.text_batch else None,
                 steps=arguments.steps,
                 refine=arguments.refine,
                 learning_rate=arguments.learning_rate,
-                extra_starts=extra,
+                extra_starts={"the start's alphas": own} if len(own) == len(space.names) else {},
                 progress=progress,
             )
             if limit is not None:
                 found = [one for one in found if problem.text_nll(problem.tail_of(space, one.x), "search") <= limit]
-        else:
-            settings = {key: str(value) for key, value in vars(arguments).items() if key not in NOT_SETTINGS}
-            study = open_study(arguments.storage, arguments.name, settings, resume=arguments.resume)
-            found = study_search(
-                space, lambda x: problem.limited(space, x, weights, limit), study,
-                method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=progress,
-            )  # fmt: skip
-    return found, count[0], time.perf_counter() - started
+            return found, trials, len(trials)
+        bar.update(len(study_trials(space, study)))
+        found = study_search(
+            space, lambda x: problem.limited(space, x, weights, limit), study,
+            method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=progress,
+        )  # fmt: skip
+    return found, study_trials(space, study), len(trials)
 
 
 def _start(arguments: argparse.Namespace, layers: int) -> Plan:
     """The plan that says which layers go; with steps where alphas are known."""
     if arguments.alphas is not None:
-        from merge.alphas import plan_from_alphas
-
         return plan_from_alphas(read_alphas(arguments.alphas), layers)
     if arguments.layers is not None:
         if not 1 <= arguments.layers < layers:
             raise PlanError(f"cannot remove {arguments.layers} of {layers} layers; expected 1 to {layers - 1}")
-        from merge.plan import compose
-
         steps = chain([0.5] * arguments.layers, layers)
         return Plan(compose(steps, layers), layers, name=f"top-{arguments.layers}", method="alphas", steps=steps)
     try:
@@ -230,76 +288,79 @@ def _start(arguments: argparse.Namespace, layers: int) -> Plan:
     return plan_dropping(removed, layers)
 
 
+def _greedy(arguments: argparse.Namespace, lm: Any, text: str, layers: int) -> Plan:
+    """The plan that greedy removal finds on the part of the text that is searched on."""
+    from eval.objective import text_windows
+    from eval.search import greedy_removal
+    from eval.trial import Tail
+
+    if arguments.greedy >= layers:
+        raise PlanError(f"cannot remove {arguments.greedy} of {layers} layers; expected 1 to {layers - 1}")
+    windows = text_windows(lm, text, [arguments.text_tokens, 0, 0], arguments.text_window)["search"]
+    trials = sum(layers - step for step in range(arguments.greedy))
+    with counter("removing greedily", "trial", trials, arguments.quiet) as bar:
+        removed = greedy_removal(Tail(lm), windows, arguments.greedy, bar.update)
+    print("removed, in this order: " + ", ".join(f"{one.layer} (perplexity {math.exp(one.nll):.4g})" for one in removed))
+    return plan_dropping([one.layer for one in removed], layers)
+
+
 def _subjects(objective: str) -> list[str]:
-    if objective == "average":
-        return []
-    return list(GROUPS.get(objective, (objective,)))
+    return [] if objective == "average" else list(GROUPS.get(objective, (objective,)))
 
 
 def _write(
-    arguments: argparse.Namespace,
-    source: Any,
-    plan: Plan,
-    space: Any,
-    selected: Any,
-    candidates: list[Any],
-    report: dict[str, Any],
+    arguments: argparse.Namespace, source: Any, plan: Plan, space: Any, trials: list[Any], report: dict[str, Any]
 ) -> None:
-    """plan.json, alphas.json where there are alphas, search.json, trials.csv."""
+    """plan.json, alphas.json where there are alphas, trials.csv, and search.json, which comes last."""
     from eval.results import write_whole
+    from eval.search_report import write_plan, write_trials
 
     arguments.out.mkdir(parents=True, exist_ok=True)
-
-    def write(name: str, text: str) -> None:
-        write_whole(arguments.out / name, text)
-
-    write("plan.json", json.dumps(plan_to_dict(plan), indent=2) + "\n")
+    write_plan(arguments.out / "plan.json", plan)
     if plan.steps:
-        provenance = {key: report[key] for key in ("target", "objective", "method", "seed", "split", "evaluations", "loss")}
-        provenance |= {"scores": report["scores"]["found"]}
+        keys = ("target", "objective", "method", "seed", "split", "trials", "loss")
+        provenance = {key: report[key] for key in keys} | {
+            "study": arguments.name if arguments.method != "gradient" else None,
+            "scores": report["scores"]["found"],
+        }
         found = AlphasFile(plan.steps, plan.name, source.spec, plan.num_hidden_layers, provenance)
-        write("alphas.json", json.dumps(alphas_to_dict(found), indent=2) + "\n")
-    write("search.json", json.dumps(report, indent=2) + "\n")
-    with (arguments.out / "trials.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["candidate", "start", "loss", *space.names])
-        for number, one in enumerate(candidates):
-            writer.writerow([number, one.start, one.loss, *one.x])
+        write_whole(arguments.out / "alphas.json", json.dumps(alphas_to_dict(found), indent=2) + "\n")
+    else:
+        (arguments.out / "alphas.json").unlink(missing_ok=True)  # of an earlier search, in another space
+    write_trials(arguments.out / "trials.csv", space.names, trials)
+    write_whole(arguments.out / "search.json", json.dumps(report, indent=2) + "\n")
 
 
-def _table(report: dict[str, Any]) -> str:
-    """Parts by plans, and what may be said."""
-    lines = [
-        f"{report['method']} over {report['parameters']} {report['space']}, target {report['target']}: {report['evaluations']} "
-        f"trials in {report['search_s']:.1f} s after one run of the model ({report['capture_s']:.1f} s); "
-        f"from {report['start_of_winner']!r}"
-    ]
-    header = f"{'':12}{'part':12}{'kl':>18}{'ce':>18}{'accuracy':>18}{'agreement':>18}{'perplexity':>14}"
-    lines.append(header)
-    for name, parts in report["scores"].items():
-        for part, one in parts.items():
-            cells = [
-                f"{one[key]:.4f} +- {one[f'{key}_stderr'] or 0:.4f}" if key in one else ""
-                for key in ("kl", "ce", "acc", "agreement")
-            ]
-            text = f"{one['perplexity']:.4g}" if "perplexity" in one else ""
-            lines.append(f"{name:12}{part:12}" + "".join(f"{cell:>18}" for cell in cells) + f"{text:>14}")
-    lines.append(_verdict(report))
-    return "\n".join(lines)
+def _draw(
+    arguments: argparse.Namespace,
+    space: Any,
+    problem: Any,
+    weights: dict[str, float],
+    selected: Any,
+    trials: list[Any],
+    plans: dict[str, Plan],
+) -> None:
+    """The history, the alphas, the mixture, and the loss along the parameters that moved most."""
+    from eval import plots
+    from merge.search import slices
 
+    folder, what = arguments.out / "plots", f"loss ({arguments.target})"
+    plots.search_history(folder / "history.png", trials, what)
+    plots.mixtures(folder / "mixture.png", plans["found"])
+    if plans["found"].steps:
+        plots.alphas_by_step(folder / "alphas.png", {name: plan for name, plan in plans.items() if plan.steps})
+    if arguments.slices:
+        begin = next((t.x for t in trials if t.start == selected.start and t.step == 0), trials[0].x)
+        moved = [abs(a - b) for a, b in zip(selected.x, begin, strict=True)]
+        with counter("drawing slices", "trial", 0, arguments.quiet) as bar:
 
-def _verdict(report: dict[str, Any]) -> str:
-    """Whether what was found is better than dropping, on questions and text that nothing was tuned on."""
-    found, dropped = report["scores"]["found"]["held-out"], report["scores"]["dropped"]["held-out"]
-    said = []
-    for key in ("kl", "ce"):
-        if key in report["weights"] and key in found:
-            error = math.hypot(found[f"{key}_stderr"] or 0.0, dropped[f"{key}_stderr"] or 0.0)
-            better = found[key] + 1.96 * error < dropped[key]
-            said.append(f"{key} {found[key]:.4f} against {dropped[key]:.4f}" + ("" if better else " (no difference shown)"))
-    if "perplexity" in found:
-        said.append(f"perplexity {found['perplexity']:.4g} against {dropped['perplexity']:.4g}")
-    return "held out, found against the same layers dropped: " + ", ".join(said)
+            def loss(x: Any) -> float:
+                bar.update(1)
+                return float(problem.value(problem.tail_of(space, x.tolist()), "search", weights))
+
+            curves = slices(space, loss, selected.x, moved, arguments.slices)
+        found = dict(zip(space.names, selected.x, strict=True))
+        plots.slices(folder / "slices.png", curves, found, what)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ ODD = ("None", "nan", 'with "quotes"', "with, comma")  # options that data frame
 
 def write_archive(folder, subjects=("anatomy", "virology"), count=6):
     for split, number in (("dev", 5), ("test", count)):
-        (folder / split).mkdir(parents=True)
+        (folder / split).mkdir(parents=True, exist_ok=True)
         for subject in subjects:
             with (folder / split / f"{subject}_{split}.csv").open("w", newline="") as file:
                 writer = csv.writer(file)

@@ -16,7 +16,7 @@ from eval.trial import Mixture, plan_tail
 from merge.errors import PlanError, SearchError
 from merge.methods import plan_dropping
 from merge.plan import Plan, chain, compose
-from merge.search import gradient_search, open_study, study_search
+from merge.search import gradient_search, open_study, slices, study_search, study_trials
 from merge.space import Alphas, Coefficients, RowSpec, effective_dimensions, windows
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -113,20 +113,25 @@ def test_a_mixture_is_the_plan(problem):
 
 
 def test_gradient_recovers_planted_alphas(problem):
-    found = gradient_search(alphas_space(), problem(alphas_space(), ALPHAS), steps=150, learning_rate=0.2)
+    trials = []
+    found = gradient_search(
+        alphas_space(), problem(alphas_space(), ALPHAS), steps=150, learning_rate=0.2, progress=trials.append
+    )
     assert found[0].x == pytest.approx(ALPHAS, abs=0.02)
-    assert found[0].loss < found[0].history[0]
+    assert found[0].loss == min(trial.loss for trial in trials)
+    assert {(trial.start, trial.step) for trial in trials} >= {(name, 0) for name in alphas_space().starts()}
 
 
 def test_gradient_recovers_planted_coefficients(problem):
     rows = (*(RowSpec(i, (i,)) for i in range(29)), RowSpec(29, (29, 30, 31)))
     space = Coefficients(rows, 32, ("self_attn.v_proj", "mlp.down_proj", "post_attention_layernorm"), "llama")
     goal = [0.7, 0.2, -0.3, 0.1, 0.9, 0.4, 0.8, 0.1, 0.1]
-    found = gradient_search(space, problem(space, goal), steps=150, refine=1, learning_rate=0.05)
+    trials = []
+    found = gradient_search(space, problem(space, goal), steps=150, refine=1, learning_rate=0.05, progress=trials.append)
     assert found[0].x[:6] == pytest.approx(goal[:6], abs=0.05)
     # Norms of neighbours point almost the same way, so only the sum of their coefficients can be told.
     assert sum(max(c, 0.0) for c in found[0].x[6:]) == pytest.approx(1.0, abs=0.05)
-    assert found[0].loss < 0.05 * found[0].history[0]
+    assert found[0].loss < 0.05 * min(trial.loss for trial in trials if trial.step == 0)
 
 
 @pytest.mark.parametrize("method", ["gp", "tpe"])
@@ -168,6 +173,26 @@ def test_resumed_is_the_same_as_uninterrupted(tmp_path):
         open_study(url, "s", {"a": 2}, resume=True)
     with pytest.raises(SearchError, match="cannot be opened"):
         open_study("nonsense://x", "s", {}, resume=False)
+
+
+def test_a_journal_file_is_a_storage(tmp_path):
+    path = str(tmp_path / "search.log")
+    for trials in (5, 9):
+        study = open_study(path, "s", {"a": 1}, resume=trials > 5)
+        found = study_search(alphas_space(), quadratic, study, method="tpe", trials=trials)
+    trials = study_trials(alphas_space(), study)
+    assert len(trials) == 9
+    assert {trial.start for trial in trials[:3]} == {"given"}  # the starts come first
+    assert trials[-1].start == "sampled"
+    assert found[0].loss == min(trial.loss for trial in trials if trial.over <= 0)
+
+
+def test_slices_pass_through_the_point():
+    space = alphas_space()
+    curves = slices(space, lambda x: quadratic(x)[0], (0.3, 0.8), (0.1, 0.5), points=5)
+    assert list(curves) == list(reversed(space.names))  # the one that moved more comes first
+    assert [value for value, _ in curves["29<-30"]] == [0.0, 0.25, 0.5, 0.75, 0.8, 1.0]
+    assert dict(curves["29<-30"])[0.8] == pytest.approx(0.25)
 
 
 WORKER = """

@@ -5,18 +5,22 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from test_mmlu import write_archive
 from tiny import ROOT
 
-from eval.objective import PARTS, split_questions
+from eval.mmlu import SUBJECTS
+from eval.objective import PARTS, scores, split_questions
+from eval.search_report import table
 
 
 @pytest.fixture
 def run(tmp_path, tiny_cache):
     environment = os.environ | {"XDG_CACHE_HOME": str(tiny_cache), "HF_HUB_OFFLINE": "1"}
     (tmp_path / "text.txt").write_text("Plain text to be predicted, and a little more of it. " * 60)
-    data = write_archive(tmp_path / "mmlu", count=8)
+    write_archive(tmp_path / "mmlu", [name for name in SUBJECTS if name != "anatomy"], count=3)
+    data = write_archive(tmp_path / "mmlu", ["anatomy"], count=8)
 
     def call(script, *arguments, status=0):
         command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
@@ -30,23 +34,40 @@ def run(tmp_path, tiny_cache):
     return call
 
 
+def test_unknown_errors_are_not_numbers_in_json():
+    found = scores({"kl": np.array([0.5]), "text": np.array([1.0, 2.0])})
+    assert found["kl"]["low"] is None
+    assert found["perplexity"]["high"] is None
+    assert "NaN" not in json.dumps(found)
+    assert "+-" not in table({"scores": {"found": {"held-out": found}}})
+
+
 def test_alphas_by_gradient_then_merge(run, tmp_path):
     done = run("search_alphas", *run.common, "--layers", 2, "--steps", 5, "--refine", 1, "--out", "found")
+    others = json.loads((tmp_path / "found" / "search.json").read_text())["scores"]["found"]["others"]["acc"]
+    assert others["count"] == 56  # of three questions each, one is held out
     assert "2 alphas, of which about" in done.stderr
-    assert "held out, found against the same layers dropped: kl " in done.stdout
+    assert "held out, found minus the best control: kl " in done.stdout
+    assert "the other subjects (" in done.stdout
     report = json.loads((tmp_path / "found" / "search.json").read_text())
     assert set(report["scores"]) == {"original", "start", "dropped", "drop-last", "found"}
     assert report["scores"]["dropped"] == report["scores"]["drop-last"]  # the top layers are what is dropped here
-    assert report["scores"]["original"]["search"]["agreement"] == 1.0
-    assert report["scores"]["original"]["search"]["kl"] == pytest.approx(0.0, abs=1e-3)
+    assert report["scores"]["original"]["search"]["agreement"]["value"] == 1.0
+    assert report["scores"]["original"]["search"]["kl"]["value"] == pytest.approx(0.0, abs=1e-3)
+    mean = {name: report["scores"][name]["held-out"]["kl"]["value"] for name in ("found", "start")}
+    assert report["differences"]["held-out"]["start"]["kl"]["value"] == pytest.approx(mean["found"] - mean["start"], abs=1e-9)
     header, *rows = (tmp_path / "found" / "trials.csv").read_text().splitlines()
-    assert header == "candidate,start,loss,30<-31,29<-30"
-    assert len(rows) == 1
+    assert header == "trial,start,step,loss,over_limit,30<-31,29<-30"
+    assert len(rows) == 4 + 5 + 1  # starts, the file's among them; steps; the last point
+    pictures = {path.name for path in (tmp_path / "found" / "plots").iterdir()}
+    assert pictures == {f"{name}.{kind}" for name in ("history", "mixture", "alphas", "slices") for kind in ("png", "csv")}
+    curve = [line.split(",") for line in (tmp_path / "found" / "plots" / "slices.csv").read_text().splitlines()[1:]]
+    assert min(float(loss) for _, _, loss in curve) <= report["loss"] + 1e-6  # the found point is on every curve
     run("merge", "--alphas", "found/alphas.json", "--model", "tiny:llama3-8b", "--out", "merged", "--verify")
     evaluation = ("--data-dir", run.common[3], "--subjects", "anatomy", "--num-fewshot", 1, "--text", "text.txt")
     run("eval_mmlu", "--model", "merged", *evaluation, "--out", "merged.json")
     accuracies = {part: report["scores"]["found"][part] for part in PARTS}
-    right = sum(round(one["acc"] * one["questions"]) for one in accuracies.values())
+    right = sum(round(one["acc"]["value"] * one["acc"]["count"]) for one in accuracies.values())
     merged = json.loads((tmp_path / "merged.json").read_text())["scores"]["micro"]
     assert (round(merged["acc"] * merged["count"]), merged["count"]) == (right, 8)
 
@@ -58,7 +79,8 @@ def test_coefficients_for_dropped_layers(run, tmp_path):
     assert set(plan["rows"][4]["groups"]) >= {"mlp.up_proj", "input_layernorm"}
     report = json.loads((tmp_path / "found" / "search.json").read_text())
     assert "kl" not in report["scores"]["found"]["held-out"]
-    assert report["scores"]["found"]["search"]["text_nll"] <= report["scores"]["dropped"]["search"]["text_nll"]
+    nll = {name: report["scores"][name]["search"]["text"]["value"] for name in ("found", "dropped")}
+    assert nll["found"] <= nll["dropped"]
     assert not (tmp_path / "found" / "alphas.json").exists()
     run("merge", "--plan", "found/plan.json", "--model", "tiny:llama3-8b", "--out", "merged", "--verify")
 
@@ -66,11 +88,32 @@ def test_coefficients_for_dropped_layers(run, tmp_path):
 def test_a_study_goes_on(run, tmp_path):
     common = (*run.common, "--layers", 2, "--method", "tpe", "--storage", "sqlite:///study.db", "--target", "acc")
     common = (*common, "--max-perplexity", 1e9)
-    run("search_alphas", *common, "--trials", 4)
-    assert "give --resume to go on with it" in run("search_alphas", *common, "--trials", 6, status=1).stderr
-    run("search_alphas", *common, "--trials", 6, "--resume")
-    assert json.loads((tmp_path / "found" / "search.json").read_text())["evaluations"] == 2
-    assert "no trial met the limit" in run("search_alphas", *common[:-1], 1.5, "--name", "b", "--trials", 4, status=1).stderr
+    run("search_alphas", *common, "--trials", 4, "--states", "states", "--no-others", "--no-plots")
+    again = ("--trials", 6, "--states", "states", "--no-others")
+    assert "give --resume to go on with it" in run("search_alphas", *common, *again, "--overwrite", status=1).stderr
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "states").iterdir()}
+    assert len(kept) == 2 * len(PARTS)  # questions and text
+    assert "holds the results of a search" in run("search_alphas", *common, *again, status=2).stderr
+    run("search_alphas", *common, *again, "--resume")
+    report = json.loads((tmp_path / "found" / "search.json").read_text())
+    assert (report["evaluations"], report["trials"]) == (2, 6)
+    assert len((tmp_path / "found" / "trials.csv").read_text().splitlines()) == 7
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "states").iterdir()}  # read, not made again
+    strict = (*common[:-1], 1.5, "--name", "b", "--trials", 4, "--overwrite", "--no-others")
+    assert "no trial met the limit" in run("search_alphas", *strict, status=1).stderr
+
+
+def test_greedy_removal_then_coefficients(run, tmp_path):
+    common = ("--model", "tiny:mistral-7b", *run.common[-6:], "--text-batch", 100)
+    done = run("search_alphas", *common, "--greedy", 2, "--objective", "perplexity", "--steps", 3, "--refine", 1, "--no-plots")
+    assert done.stdout.startswith("removed, in this order: ")
+    report = json.loads((tmp_path / "found" / "search.json").read_text())
+    assert (report["target"], report["space"]) == ("text", "coefficients")
+    assert "against" in report["verdict"]
+    assert not (tmp_path / "found" / "plots").exists()
+    control = ("--control", "found/plan.json", "--out", "again", "--no-plots")
+    run("search_alphas", *common, "--remove", "1", "--objective", "nll", "--steps", 1, "--refine", 1, *control)
+    assert "plan" in json.loads((tmp_path / "again" / "search.json").read_text())["scores"]
 
 
 def test_parts_share_out_every_subject():
@@ -83,15 +126,25 @@ def test_parts_share_out_every_subject():
     assert parts != split_questions(ids, 1)
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(1, [1, 0, 0]), (2, [1, 1, 0]), (3, [1, 1, 1]), (7, [5, 1, 1]), (8, [4, 2, 2])])
+def test_small_subjects_are_in_every_part(count, sizes):
+    parts = split_questions([("a", i) for i in range(count)], 0)
+    assert [len(parts[part]) for part in PARTS] == sizes
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        ([], 2, "give one of --alphas, --layers and --remove"),
+        ([], 2, "give one of --alphas, --layers, --remove and --greedy"),
         (["--layers", "2", "--remove", "3"], 2, "give one of"),
         (["--layers", "32"], 1, "cannot remove 32 of 32 layers"),
         (["--layers", "2", "--target", "acc"], 2, "accuracy has no gradient"),
         (["--remove", "x"], 2, "expected layer numbers"),
         (["--remove", "77"], 1, "there is no layer 77"),
+        (["--layers", "2", "--objective", "nll", "--target", "kl"], 2, "leave --target kl out"),
+        (["--layers", "2", "--max-perplexity", "0.5"], 2, "expected more than 1"),
+        (["--greedy", "32"], 1, "cannot remove 32 of 32"),
+        (["--layers", "2", "--control", "nowhere.json"], 1, "nowhere.json"),
         (["--layers", "2", "--steps", "0"], 2, "--steps is 0"),
         (["--layers", "2", "--split", "validation"], 1, "neither val/SUBJECT_val.csv"),
         (["--layers", "2", "--text-tokens", "100000"], 1, "the text has"),

@@ -8,12 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from eval.stats import holm, mcnemar, paired, stderr
+from eval.stats import holm, mcnemar, mean, paired, stderr
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=50))
 def test_stderr_is_scipys(values):
     assert stderr([float(v) for v in values]) == pytest.approx(float(scipy_stats.sem(np.array(values, dtype=float))))
+
+
+def test_means_interval_is_students():
+    values = np.random.default_rng(0).normal(size=64)
+    found = mean(values)
+    expected = scipy_stats.ttest_1samp(values, 0.0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    blocks = mean(np.repeat(values, 8), block=8)  # neighbours that say the same count once
+    assert (blocks.low, blocks.high, blocks.count) == pytest.approx((expected.low, expected.high, 512))
+    assert mean(np.repeat(values, 8)).stderr < 0.5 * found.stderr  # what treating them as independent would claim
+    assert math.isnan(mean([1.0, 2.0, 3.0], block=2).low)
 
 
 def test_stderr_of_one_value_is_unknown():

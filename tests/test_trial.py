@@ -96,7 +96,8 @@ def test_states_survive_a_file(llama, tmp_path):
     plan = plans(32)["middle"]
     states = tail.capture(tokens, first, first_changed(plan))
     states.save(tmp_path / "states.safetensors")
-    again = States.load(tmp_path / "states.safetensors")
+    again, more = States.load(tmp_path / "states.safetensors")
+    assert more == {}
     assert (again.cut, again.num_answers, again.nbytes, again.num_tokens) == (
         states.cut, states.num_answers, states.nbytes, states.num_tokens,
     )  # fmt: skip

@@ -1,0 +1,176 @@
+"""Pictures of searches and similarities, each with its data beside it as CSV. No display is needed and no state is kept.
+
+Colours are Okabe and Ito's, which are told apart by the colour-blind; matrices are in viridis, signed ones in a map that is
+grey at zero.
+"""
+
+import csv
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from merge.plan import Plan
+from merge.search import Trial
+
+from .results import whole_file
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+GREY = "#999999"
+DPI = 150
+LABELLED = 40  # a matrix of more rows than this is labelled every few rows only
+
+
+def save(figure: Figure, path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Writes `path` (PNG) and the same name with .csv."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=DPI, format="png", bbox_inches="tight")
+    with whole_file(path.with_suffix(".csv")) as scratch, scratch.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def axes(width: float = 7.0, height: float = 4.2, columns: int = 1, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with one or more axes, in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    found = figure.subplots(rows, columns, squeeze=False).ravel().tolist()
+    for one in found:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, found
+
+
+def similarity_map(path: Path, similarity: npt.NDArray[np.float64], method: str) -> None:
+    """Similarity of every pair of layers, as a heat map; pairs without a number stay white."""
+    figure, (ax,) = axes(5.6, 4.8)
+    image = ax.imshow(similarity, origin="lower", cmap="viridis")
+    ax.set(xlabel="layer", ylabel="layer", title=f"Similarity of what enters two layers ({method})")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    figure.colorbar(image, ax=ax, label="1 = the same" if method != "mka" else "normalised mutual information")
+    rows = ((i, j, similarity[i, j]) for i in range(len(similarity)) for j in range(len(similarity)))
+    save(figure, path, ("layer", "other", "similarity"), rows)
+
+
+def influence_bars(path: Path, values: Sequence[float], removed: Sequence[int]) -> None:
+    """Block influence of every layer; those removed are marked."""
+    figure, (ax,) = axes()
+    gone = set(removed)
+    for label, colour, chosen in (
+        ("kept", COLOURS[0], [i for i in range(len(values)) if i not in gone]),
+        ("removed", COLOURS[1], sorted(gone)),
+    ):
+        ax.bar(chosen, [values[i] for i in chosen], color=colour, label=label, hatch="//" if label == "removed" else None)
+    ax.set(xlabel="layer", ylabel="block influence, 1 - cos(input, output)", title="How far each layer turns its input")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.legend(frameon=False)
+    save(figure, path, ("layer", "influence", "removed"), ((i, v, int(i in gone)) for i, v in enumerate(values)))
+
+
+def search_history(path: Path, trials: Sequence[Trial], what: str) -> None:
+    """The loss of every trial in its order, and the best so far that met the limit."""
+    figure, (ax,) = axes()
+    ways = list(dict.fromkeys(trial.start for trial in trials if trial.step > 0)) or [""]
+    groups: dict[str, list[int]] = {}
+    for i, trial in enumerate(trials):
+        way = trial.start if trial.start in ways[: len(COLOURS) - 2] and trial.step > 0 else "starts and others"
+        groups.setdefault(way, []).append(i)
+    colours = iter(COLOURS)
+    for way, chosen in groups.items():
+        colour = GREY if way == "starts and others" else next(colours)
+        finite = [i for i in chosen if math.isfinite(trials[i].loss)]
+        met = [i for i in finite if trials[i].over <= 0]
+        missed = [i for i in finite if trials[i].over > 0]
+        ax.scatter(met, [trials[i].loss for i in met], s=12, color=colour, label=way or "trials")
+        if missed:
+            ax.scatter(
+                missed,
+                [trials[i].loss for i in missed],
+                s=12,
+                facecolors="none",
+                edgecolors=colour,
+                label=f"{way}: over the limit",
+            )
+    best, line = math.inf, []
+    for trial in trials:
+        best = min(best, trial.loss if trial.over <= 0 and math.isfinite(trial.loss) else math.inf)
+        line.append(best)
+    ax.step(range(len(line)), line, where="post", color="black", linewidth=1, label="best so far")
+    losses = [trial.loss for trial in trials if math.isfinite(trial.loss)]
+    if losses and min(losses) > 0:
+        ax.set_yscale("log")
+    ax.set(xlabel="trial", ylabel=f"{what}, on the search part", title="Loss of every trial")
+    ax.legend(frameon=False, fontsize=8)
+    rows = ((i, t.start, t.step, t.loss, t.over, b) for i, (t, b) in enumerate(zip(trials, line, strict=True)))
+    save(figure, path, ("trial", "start", "step", "loss", "over_limit", "best"), rows)
+
+
+def alphas_by_step(path: Path, plans: Mapping[str, Plan]) -> None:
+    """The alphas of several plans, step by step."""
+    figure, (ax,) = axes()
+    rows = []
+    markers = "os^Dv"
+    for i, (name, plan) in enumerate(plans.items()):
+        style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": markers[i % len(markers)], "label": name}
+        ax.plot(range(len(plan.steps)), [step.alpha for step in plan.steps], linewidth=1, **style)
+        rows += [(name, n, step.into, step.remove, step.alpha) for n, step in enumerate(plan.steps)]
+    steps = next(iter(plans.values())).steps
+    ax.set_xticks(range(len(steps)), [f"{s.into}<-{s.remove}" for s in steps], rotation=60, fontsize=8)
+    ax.set(ylabel="alpha, weight of the kept layer", xlabel="step, in order", title="Alphas", ylim=(-0.03, 1.03))
+    ax.legend(frameon=False)
+    save(figure, path, ("plan", "step", "into", "remove", "alpha"), rows)
+
+
+def mixtures(path: Path, plan: Plan) -> None:
+    """The coefficients of every mixed row: what each surviving layer is made of, tensor group by tensor group."""
+    labels, values, rows = [], [], []
+    for i, row in enumerate(plan.rows):
+        for group, mix in row.groups.items() or ([("", row.mix)] if not row.is_unit else []):
+            if dict(mix) == {row.base: 1.0} and not group:
+                continue
+            labels.append(f"{i} {group}".strip())
+            values.append([mix.get(layer, 0.0) for layer in range(plan.num_hidden_layers)])
+            rows += [(i, group or "all matrices", layer, c) for layer, c in mix.items()]
+    if not values:
+        return
+    table = np.array(values)
+    used = np.flatnonzero(np.abs(table).sum(axis=0))
+    first, last = int(used.min()), int(used.max())
+    table = table[:, first : last + 1]
+    figure, (ax,) = axes(2.6 + 0.32 * table.shape[1], 1.6 + 0.24 * min(len(table), LABELLED))
+    reach = max(1e-9, float(np.abs(table).max()))
+    image = ax.imshow(table, aspect="auto", cmap="PuOr_r", norm=TwoSlopeNorm(0.0, -reach, reach))
+    every = -(-len(labels) // LABELLED)
+    ax.set_yticks(range(0, len(labels), every), labels[::every], fontsize=7)
+    ax.set_xticks(range(table.shape[1]), [str(layer) for layer in range(first, last + 1)], fontsize=7)
+    ax.set(xlabel="original layer", title="Coefficients (row, tensor group)")
+    ax.spines[:].set_visible(False)
+    figure.colorbar(image, ax=ax, label="coefficient")
+    save(figure, path, ("row", "group", "layer", "coefficient"), rows)
+
+
+def slices(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], found: Mapping[str, float], what: str) -> None:
+    """The loss along each of some parameters, the others as found; `found` marks where they were found."""
+    columns = min(4, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, grid = axes(2.6 * columns, 2.1 * rows + 0.4, columns, rows)
+    for ax, (name, curve) in zip(grid, curves.items(), strict=False):
+        ax.plot(*zip(*curve, strict=True), color=COLOURS[0], linewidth=1.2)
+        ax.axvline(found[name], color=COLOURS[1], linewidth=1, linestyle="--")
+        ax.set_title(name.replace(" layer", "\nlayer"), fontsize=8)
+        ax.tick_params(labelsize=7)
+    for ax in grid[len(curves) :]:
+        ax.set_visible(False)
+    figure.suptitle("Loss along one parameter; dashed: as found", fontsize=10)
+    figure.supylabel(what, fontsize=9)
+    save(figure, path, ("parameter", "value", "loss"), ((name, *point) for name, curve in curves.items() for point in curve))
