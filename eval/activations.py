@@ -12,6 +12,40 @@ from .errors import DataError
 from .lm import PrefixLM
 from .mmlu import LETTERS, Subject
 
+MIN_TEXTS = 2  # a comparison needs two points
+
+
+class Gathered:
+    """Activations as they come in, layer by layer and text by text."""
+
+    def __init__(self, layers: int, texts: int, hidden_size: int) -> None:
+        self.inputs = np.empty((layers + 1, texts, hidden_size))
+        self.cosines, self.tokens = np.zeros(layers), np.zeros(layers)
+
+    def add(self, layer: int, text: int, before: torch.Tensor, after: torch.Tensor) -> None:
+        """What enters and leaves a layer, [T, D] each."""
+        before, after = before.float(), after.float()
+        for index, one in ((layer, before), (layer + 1, after)):
+            self.inputs[index, text] = one[-1].cpu().double().numpy()
+        self.cosines[layer] += float(torch.nn.functional.cosine_similarity(before, after, dim=-1).sum())
+        self.tokens[layer] += len(before)
+
+    def activations(self) -> Activations:
+        """The result.
+
+        Raises:
+            DataError: activations that are not numbers.
+        """
+        if not np.isfinite(self.inputs).all():
+            raise DataError("activations are not numbers; the model's weights hold NaN or overflow")
+        return Activations(self.inputs, self.cosines / self.tokens)
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Refuses too few."""
+    if len(texts) < MIN_TEXTS:
+        raise DataError(f"found {len(texts)} calibration texts, expected at least {MIN_TEXTS}")
+
 
 @torch.inference_mode()
 def capture_activations(lm: PrefixLM, texts: Sequence[str], done: Callable[[int], object] = lambda texts: None) -> Activations:
@@ -20,39 +54,30 @@ def capture_activations(lm: PrefixLM, texts: Sequence[str], done: Callable[[int]
     Raises:
         DataError: fewer than two texts, an empty one, or activations that are not numbers.
     """
-    if len(texts) < MIN_TEXTS:
-        raise DataError(f"found {len(texts)} calibration texts, expected at least {MIN_TEXTS}")
+    check_texts(texts)
     layers = list(lm.model.get_decoder().layers)
-    inputs = np.empty((len(layers) + 1, len(texts), lm.model.config.get_text_config().hidden_size))
-    cosines, tokens = np.zeros(len(layers)), 0
-    seen: dict[int, torch.Tensor] = {}
+    gathered = Gathered(len(layers), len(texts), lm.model.config.get_text_config().hidden_size)
+    number = 0
 
     def note(index: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            before = (args[0] if args else kwargs["hidden_states"])[0].float()
-            after = (output[0] if isinstance(output, tuple) else output)[0].float()
-            seen[index], seen[index + 1] = before[-1], after[-1]
-            cosines[index] += float(torch.nn.functional.cosine_similarity(before, after, dim=-1).sum())
+            before = args[0] if args else kwargs["hidden_states"]
+            gathered.add(index, number, before[0], (output[0] if isinstance(output, tuple) else output)[0])
 
         return hook
 
     hooks = [layer.register_forward_hook(note(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        for sample, text in enumerate(texts):
+        for number, text in enumerate(texts):
             ids = lm.tok_encode(text)[-lm.max_length :]
             if not ids:
-                raise DataError(f"calibration text {sample} is empty")
+                raise DataError(f"calibration text {number} is empty")
             lm.model(input_ids=torch.tensor([ids], device=lm.device), use_cache=False, logits_to_keep=1)
-            for layer, vector in seen.items():
-                inputs[layer, sample] = vector.cpu().double().numpy()
-            tokens += len(ids)
             done(1)
     finally:
         for one in hooks:
             one.remove()
-    if not np.isfinite(inputs).all():
-        raise DataError("activations are not numbers; the model's weights hold NaN or overflow")
-    return Activations(inputs, cosines / tokens)
+    return gathered.activations()
 
 
 def question_texts(subjects: Sequence[Subject], per_subject: int) -> list[str]:
@@ -62,6 +87,3 @@ def question_texts(subjects: Sequence[Subject], per_subject: int) -> list[str]:
         for subject in subjects
         for q in subject.dev[:per_subject]
     ]
-
-
-MIN_TEXTS = 2  # a comparison needs two points

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
@@ -13,13 +14,21 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merge.checkpoint import Checkpoint
+from merge.checkpoint import Checkpoint, Tensor
 from merge.runtime import FLOATS, Placement, place_model, torch_dtype
 
 from .errors import LoadError
 from .lm import PrefixLM
 
 log = logging.getLogger(__name__)
+
+
+def stored_dtype(tensors: Iterable[Tensor]) -> str:
+    """The dtype of most elements, as torch names it."""
+    elements = Counter[str]()
+    for tensor in tensors:
+        elements[FLOATS.get(tensor.dtype, "float32")] += tensor.numel
+    return elements.most_common(1)[0][0]
 
 
 def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto", **options: Any) -> tuple[PrefixLM, Placement]:
@@ -41,14 +50,11 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
         on_cpu = device == "cpu" or not torch.cuda.is_available()
         accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[patience])
         own_device = "cpu" if accelerator.device.type == "cpu" else str(accelerator.device)
-    elements = Counter[str]()
-    for tensor in checkpoint.tensors.values():
-        elements[FLOATS.get(tensor.dtype, "float32")] += tensor.numel
     placement = place_model(
         "auto" if own_device else device,
         dtype,
-        num_parameters=sum(elements.values()),
-        stored=elements.most_common(1)[0][0],
+        num_parameters=sum(tensor.numel for tensor in checkpoint.tensors.values()),
+        stored=stored_dtype(checkpoint.tensors.values()),
         process_device=own_device,
         processes=processes,
     )

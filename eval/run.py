@@ -121,6 +121,32 @@ def first_tokens(lm: PrefixLM, text: str, count: int | None = None) -> list[int]
     return tokens[:count]
 
 
+def dataset_texts(name: str, config: str | None, split: str, column: str, characters: int) -> list[str]:
+    """The texts of a data set's rows, from the Hub or a local folder, until there are so many characters; no empty ones.
+
+    Raises:
+        DataError: it cannot be had, or has no such column.
+    """
+    datasets = importlib.import_module("datasets")
+    try:
+        rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # datasets raises many kinds, offline ones among them
+        raise DataError(f"the data set {name} cannot be had from the Hub, its cache or a folder ({short(error)})") from error
+    if column not in rows.column_names:
+        raise DataError(f"the data set {name} has no column {column!r}; it has {', '.join(rows.column_names)}")
+    found: list[str] = []
+    total = 0
+    for text in rows[column]:
+        if total >= characters:
+            break
+        if text and text.strip():
+            found.append(text)
+            total += len(text)
+    if not found:
+        raise DataError(f"the data set {name} has no text in its column {column!r}")
+    return found
+
+
 def plain_text(path: Path | None) -> str:
     """The text to measure perplexity on: a file, or by default the test split of WikiText-2 from the Hub.
 

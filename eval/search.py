@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from merge.checkpoint import Checkpoint
-from merge.plan import Plan
+from merge.plan import Plan, Row, unit_row
 from merge.space import Space
 
+from .errors import TrialError
 from .lm import PrefixLM
 from .mmlu import Subject
 from .objective import (
@@ -28,6 +29,7 @@ from .objective import (
 )
 from .trial import LayerWeights, Mixture, Tail, first_mixed, plan_tail
 
+LACO_WINDOW, LACO_THRESHOLD, LACO_INTERVAL = 7, 0.45, 1  # as published
 LIMIT_WEIGHT = 10.0  # of what a gradient search pays per nat of text beyond its limit
 
 
@@ -142,6 +144,76 @@ def make_problem(
         if found.ids:
             parts["others"] = Part(capture_questions(tail, found, cut, done, folder), ())
     return Problem(tail, Mixture(tail, space, cut), cut, parts)
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """A window of layers [first, last], by their places in the stack at that time, and the cosine if it became one layer."""
+
+    first: int
+    last: int
+    cosine: float
+    accepted: bool
+
+
+@torch.inference_mode()
+def laco_collapse(
+    tail: Tail,
+    checkpoint: Checkpoint,
+    inputs: Sequence[Sequence[int]],
+    layers: int,
+    *,
+    window: int = LACO_WINDOW,
+    threshold: float = LACO_THRESHOLD,
+    interval: int = LACO_INTERVAL,
+    done: Callable[[Collapse], object] = lambda tried: None,
+) -> tuple[Plan, list[Collapse]]:
+    """Makes windows of layers one, from the top down, while the model's last hidden states keep their direction (LaCo).
+
+    A window becomes its lowest layer plus the differences of all others to it; it is accepted where the cosine of the
+    last hidden states at the inputs' last tokens to those of the original model, mean over inputs, is above the threshold
+    (Yang et al., arXiv 2402.11187, algorithm 1). The last window is as small as `layers` asks.
+
+    Raises:
+        TrialError: fewer than `layers` layers can go at this threshold.
+    """
+    total = len(tail.layers)
+    states = [tail.capture(inputs, [len(one) - 1 for one in inputs], 0)]
+    for layer in range(total - 1):
+        states.append(tail.through(states[-1], LayerWeights(layer, {})))
+    norm = getattr(tail.decoder, "norm", lambda hidden: hidden)
+    original = norm(tail.run(states[-1], [LayerWeights(total - 1, {})])).float()
+
+    def cosine(rows: Sequence[Row], lowest: int) -> float:
+        plan = Plan(tuple(rows), total)
+        hidden = tail.run(states[lowest], plan_tail(tail, plan, checkpoint, lowest, allow_mixed_attention=True))
+        return float(torch.nn.functional.cosine_similarity(norm(hidden).float(), original, dim=-1).mean())
+
+    rows, tried = [unit_row(layer) for layer in range(total)], []
+    first = total - window
+    while first >= 0 and total - len(rows) < layers:
+        last = min(first + window - 1, len(rows) - 1, first + layers - (total - len(rows)))
+        mix = {layer: (first - last + 1) * c for layer, c in rows[first].mix.items()}
+        for row in rows[first + 1 : last + 1]:
+            for layer, c in row.mix.items():
+                mix[layer] = mix.get(layer, 0.0) + c
+        merged = Row(rows[first].base, {layer: c for layer, c in mix.items() if c})
+        candidate = [*rows[:first], merged, *rows[last + 1 :]]
+        found = cosine(candidate, first)
+        tried.append(Collapse(first, last, found, found > threshold))
+        done(tried[-1])
+        if found > threshold:
+            rows = candidate
+            first = min(first - interval, len(rows) - window)
+        else:
+            first -= 1
+    if total - len(rows) < layers:
+        best = max((one.cosine for one in tried if not one.accepted), default=math.nan)
+        raise TrialError(
+            f"only {total - len(rows)} of {layers} layers can go at a threshold of {threshold}; the best cosine refused was "
+            f"{best:.3f}, so lower the threshold, or try another window"
+        )
+    return Plan(tuple(rows), total, name=f"laco-{layers}", method="laco"), tried
 
 
 @dataclass(frozen=True)

@@ -265,7 +265,7 @@ class Tail:
             index = torch.tensor(tokens, device=hidden.device)
             replaced = {f"{name}.{key}": value[index] for key, value in head.named_parameters()}
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=hidden.device)
-        with self._instead_of_layers([_Given(hidden[:, None])]):
+        with instead_of_layers(self.decoder, [_Given(hidden[:, None])]):
             arguments = {"input_ids": ids, "use_cache": False}
             # A head that is tied to the embedding loses rows here; the embedding, of zeros that nobody reads, keeps its own.
             found = functional_call(self.model, replaced, kwargs=arguments, tie_weights=False).logits
@@ -420,21 +420,23 @@ class Tail:
         if have < length:
             length = max(length, min(2 * have, self.lm.max_length), 256)
             ids = torch.zeros(1, length, dtype=torch.long, device=self.lm.device)
-            probes = [_Probe(one) for one in self.layers]
-            with self._instead_of_layers(probes), _plain():
+            probes = [Probe(one) for one in self.layers]
+            with instead_of_layers(self.decoder, probes), _plain():
                 self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
             self._tables = [probe.arguments | {"_length": length} for probe in probes]
         return {k: v for k, v in self._tables[layer].items() if k != "_length"}
 
-    @contextmanager
-    def _instead_of_layers(self, modules: Sequence[torch.nn.Module]) -> Iterator[None]:
-        before = self.decoder.layers
-        self.decoder.layers = torch.nn.ModuleList(modules)
-        count, self.decoder.config.num_hidden_layers = self.decoder.config.num_hidden_layers, len(modules)
-        try:
-            yield
-        finally:
-            self.decoder.layers, self.decoder.config.num_hidden_layers = before, count
+
+@contextmanager
+def instead_of_layers(decoder: torch.nn.Module, modules: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Inside, the decoder has these layers in place of its own."""
+    model: Any = decoder
+    before, model.layers = model.layers, torch.nn.ModuleList(modules)
+    count, model.config.num_hidden_layers = model.config.num_hidden_layers, len(modules)
+    try:
+        yield
+    finally:
+        model.layers, model.config.num_hidden_layers = before, count
 
 
 def _in_order(states: States, parts: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -508,8 +510,12 @@ def plan_tail(
     }
     tails: list[dict[str, torch.Tensor]] = [{} for _ in plan.rows[cut:]]
     for output in blueprint.outputs:
+        if not output.name.startswith(f"{checkpoint.stack}."):
+            continue
         index, _, name = output.name.removeprefix(f"{checkpoint.stack}.").partition(".")
-        if output.mixed and output.name.startswith(f"{checkpoint.stack}.") and int(index) >= cut:
+        own = f"{checkpoint.stack}.{plan.rows[int(index)].base}.{name}"
+        # Not mixed does not mean the base layer's own: a coefficient of 1 on another layer is a copy of that one's tensor.
+        if int(index) >= cut and (output.mixed or output.base.name != own):
             tails[int(index) - cut][name] = _weight(output, source, blueprint.norm_offset)
     return [LayerWeights(row.base, changed) for row, changed in zip(plan.rows[cut:], tails, strict=True)]
 
@@ -621,14 +627,16 @@ class _Given(torch.nn.Module):
         return self.output
 
 
-class _Probe(torch.nn.Module):
+class Probe(torch.nn.Module):
     """A layer that notes what it is called with and passes its input on."""
+
+    hidden: torch.Tensor
+    arguments: dict[str, Any]
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.attention_type = getattr(layer, "attention_type", None)
-        self.arguments: dict[str, Any] = {}
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.arguments = kwargs
+        self.hidden, self.arguments = hidden_states, kwargs
         return hidden_states

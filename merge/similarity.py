@@ -14,7 +14,7 @@ Importance: block influence (Men et al., arXiv 2403.03853, equation 1) and the a
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ SIGMA = 8.0  # of MKA's kernel, as published
 DIFFUSION_ALPHA = 0.5  # how far the density of samples is divided out
 DIMENSIONS = 2  # of the diffusion map
 MI_NEIGHBOURS, ENTROPY_NEIGHBOURS = 5, 50  # as published
+TIE_BREAK = 1e-10
 FALLBACK_ALPHA = 0.5  # where a similarity is not a number
 
 
@@ -82,15 +83,14 @@ def mka(activations: Activations, seed: int = 0) -> Array:
         raise PlanError(
             f"MKA needs more than {ENTROPY_NEIGHBOURS} samples for its {ENTROPY_NEIGHBOURS} neighbours, found {samples}"
         )
-    maps = [_ranks(diffusion_map(layer)) for layer in layers]
+    maps = np.stack([_ranks(diffusion_map(layer)) for layer in layers])
     entropies = np.array([entropy(one) for one in maps])
-    count = len(maps)
-    found = np.empty((count, count))
-    for i in range(count):
-        for j in range(i, count):
-            information = 0.5 * (mutual_information(maps[i], maps[j], seed) + mutual_information(maps[j], maps[i], seed))
-            with np.errstate(invalid="ignore", divide="ignore"):
-                found[i, j] = found[j, i] = information / np.sqrt(entropies[i] * entropies[j])
+    # Ranks lie on a lattice, so distances tie; noise that is far smaller than its steps decides, the same for every pair.
+    maps = maps + TIE_BREAK * np.random.default_rng(seed).standard_normal(maps.shape)
+    coordinates = maps.transpose(0, 2, 1).reshape(-1, samples)
+    information = mutual_information(coordinates).reshape(len(maps), DIMENSIONS, len(maps), DIMENSIONS).mean(axis=(1, 3))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: Array = information / np.sqrt(np.outer(entropies, entropies))
     return found
 
 
@@ -120,11 +120,24 @@ def entropy(points: Array, neighbours: int = ENTROPY_NEIGHBOURS) -> float:
     return float(-np.mean(np.log(neighbours / (len(points) * rho ** points.shape[1]))))
 
 
-def mutual_information(one: Array, two: Array, seed: int) -> float:
-    """Mean over pairs of coordinates of the Kraskov estimate with 5 neighbours, in nats; none below zero."""
-    estimate = importlib.import_module("sklearn.feature_selection").mutual_info_regression
-    columns = [estimate(one, target, n_neighbors=MI_NEIGHBOURS, random_state=seed) for target in two.T]
-    return float(np.mean(np.maximum(columns, 0.0)))
+def mutual_information(variables: Array, neighbours: int = MI_NEIGHBOURS) -> Array:
+    """Between all variables [V, S], in nats, none below zero: [V, V] (Kraskov et al. 2004, equation 8).
+
+    As scikit-learn's mutual_info_regression of one feature, for all pairs at once: that takes 8 ms for each, and the layers
+    of a model make thousands.
+    """
+    digamma = importlib.import_module("scipy.special").digamma
+    count = variables.shape[1]
+    distances = np.abs(variables[:, :, None] - variables[:, None, :])
+    distances[:, range(count), range(count)] = np.inf  # a point is not its own neighbour
+    found = np.empty((len(variables), len(variables)))
+    for i, one in enumerate(distances):
+        joint = np.maximum(one, distances)
+        radius = np.nextafter(np.partition(joint, neighbours - 1, axis=2)[:, :, neighbours - 1, None], 0.0)
+        near = digamma(1 + (one <= radius).sum(axis=2)) + digamma(1 + (distances <= radius).sum(axis=2))
+        found[i] = digamma(count) + digamma(neighbours) - near.mean(axis=1)
+    np.maximum(found, 0.0, out=found)
+    return found
 
 
 def _ranks(values: Array) -> Array:
@@ -200,5 +213,10 @@ def plan_from_similarity(method: str, activations: Activations, layers: int, *, 
     if method not in SIMILARITIES:
         raise PlanError(f"there is no method {method!r}; known: {', '.join([*SIMILARITIES, *IMPORTANCE, 'released'])}")
     alphas, _ = alphas_from_similarity(SIMILARITIES[method](activations, seed), layers)
-    steps = chain(alphas, total)
-    return Plan(compose(steps, total), total, name=f"{method}-{layers}", method="alphas", steps=steps)
+    return fold_top(alphas, total, f"{method}-{layers}")
+
+
+def fold_top(alphas: Sequence[float], num_hidden_layers: int, name: str) -> Plan:
+    """The plan of the chain from the top with these alphas, lowest layer first."""
+    steps = chain(alphas, num_hidden_layers)
+    return Plan(compose(steps, num_hidden_layers), num_hidden_layers, name=name, method="alphas", steps=steps)

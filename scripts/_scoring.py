@@ -27,6 +27,34 @@ def add_run_options(result: argparse.ArgumentParser) -> None:
     how.add_argument("--batch-size", default="auto", metavar="N", help="prompts per call; auto: as many as fit (default)")
 
 
+def add_text_options(group: "argparse._ArgumentGroup", text_help: str) -> None:
+    """--text, or --dataset and what says which texts of it."""
+    group.add_argument("--text", type=Path, metavar="FILE", help=text_help)
+    group.add_argument(
+        "--dataset", metavar="ID_OR_DIR", help="a data set in its place, of the Hub or a folder of parquet files"
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="its configuration")
+    group.add_argument("--dataset-split", default="train", metavar="NAME", help="default: train")
+    group.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
+
+
+def has_text(arguments: argparse.Namespace) -> bool:
+    """Whether a text or a data set is named; both are too many."""
+    if arguments.text is not None and arguments.dataset is not None:
+        raise UsageError("give one of --text and --dataset")
+    return arguments.text is not None or arguments.dataset is not None
+
+
+def read_texts(arguments: argparse.Namespace, characters: int) -> list[str]:
+    """The text as a whole, or the data set's texts up to so many characters."""
+    from eval.run import dataset_texts, plain_text
+
+    if arguments.text is not None:
+        return [plain_text(arguments.text)]
+    how = (arguments.dataset_config, arguments.dataset_split, arguments.text_column)
+    return dataset_texts(arguments.dataset, *how, characters)
+
+
 def find_source(arguments: argparse.Namespace) -> Source:
     """The model that --model names; a wrong or partial one is refused before anything is imported or loaded."""
     if not arguments.model:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, check_positive, counter, find_source, load
+from _scoring import add_run_options, add_text_options, check_positive, counter, find_source, has_text, load, read_texts
 
 from eval.errors import DataError, TrialError
 from eval.mmlu import ARCHIVE_NAMES, GROUPS, SUBJECTS, read_mmlu
@@ -22,6 +22,7 @@ from merge.plan import Plan, chain, compose, read_plan
 
 METHOD_CHOICES = ("gradient", "gp", "tpe")
 TARGET_CHOICES = ("kl+text", "kl", "ce", "text", "ce+text", "acc")
+TOKEN_CHARACTERS = 20  # of a data set for every token of --text-tokens, which is half of what is needed: ample
 TEXT_OBJECTIVES = ("nll", "perplexity")
 # What may differ between the workers of a study, and between a run and the one that resumes it.
 NOT_SETTINGS = (
@@ -71,7 +72,7 @@ def options() -> argparse.ArgumentParser:
     )
     data.add_argument("--num-fewshot", type=int, default=5, metavar="K", help="default: 5")
     data.add_argument("--limit", type=int, metavar="N", help="questions per subject")
-    data.add_argument("--text", type=Path, metavar="FILE", help="plain text: of no text that is reported elsewhere")
+    add_text_options(data, "plain text: of no text that is reported elsewhere")
     data.add_argument(
         "--text-tokens", type=int, default=4096, metavar="N", help="of it for the search, and half as many for each check"
     )
@@ -114,11 +115,10 @@ def main(arguments: argparse.Namespace) -> None:
         settings = {key: str(value) for key, value in vars(arguments).items() if key not in NOT_SETTINGS}
         study = open_study(arguments.storage, arguments.name, settings, resume=arguments.resume)
 
-    from eval.run import plain_text
     from eval.search import make_problem
     from eval.search_report import others_line, summary, table, verdict
 
-    text = plain_text(arguments.text) if arguments.text else None
+    text = "\n\n".join(read_texts(arguments, TOKEN_CHARACTERS * arguments.text_tokens)) if has_text(arguments) else None
     lm, placement = load(arguments, source)
     if start is None:
         assert text is not None  # _check saw to it
@@ -195,8 +195,8 @@ def _check(arguments: argparse.Namespace) -> None:
         ("--max-perplexity", arguments.max_perplexity),
         ("--greedy", arguments.greedy is not None),
     ):
-        if given and arguments.text is None:
-            raise UsageError(f"{name} needs --text FILE")
+        if given and not has_text(arguments):
+            raise UsageError(f"{name} needs --text FILE or --dataset NAME")
     if arguments.target == "acc" and arguments.method == "gradient":
         raise UsageError("accuracy has no gradient; use --method gp or tpe, or another --target")
     if arguments.max_perplexity is not None and not arguments.max_perplexity > 1.0:

@@ -40,6 +40,7 @@ def plans(layers):
         "rounded": Plan(top, layers, arithmetic="sequential", steps=chain([0.6, 0.7, 0.5], layers)),
         "middle": Plan(middle, layers),
         "groups": Plan(grouped, layers),
+        "copied": Plan((*map(unit_row, range(one)), Row(one, {two: 1.0})), layers),  # another layer's matrices, own norms
         "dropped": Plan(tuple(map(unit_row, [*range(3), *range(4, layers)])), layers),
     }
 
@@ -98,12 +99,29 @@ def test_states_survive_a_file(llama, tmp_path):
     states.save(tmp_path / "states.safetensors")
     again, more = States.load(tmp_path / "states.safetensors")
     assert more == {}
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes((tmp_path / "states.safetensors").read_bytes()[:100])
+    with pytest.raises(TrialError, match="does not hold hidden states"):
+        States.load(damaged)
     assert (again.cut, again.num_answers, again.nbytes, again.num_tokens) == (
         states.cut, states.num_answers, states.nbytes, states.num_tokens,
     )  # fmt: skip
     layers = plan_tail(tail, plan, llama.checkpoint(), states.cut)
     with torch.inference_mode():
         assert torch.equal(tail.run(again, layers), tail.run(states, layers))
+
+
+def test_states_are_named_after_what_they_depend_on(llama):
+    """Another model of the same shapes, other inputs, another cut: another name."""
+    tail = tail_of(llama)
+    tokens, first = inputs()
+    keys = {tail.key(tokens, first, 30), tail.key(tokens, first, 29), tail.key(tokens[1:], first[1:], 30)}
+    assert len(keys) == 3
+    assert tail_of(llama).key(tokens, first, 30) in keys
+    other = tail_of(llama)
+    with torch.no_grad():
+        other.weights[5]["mlp.up_proj.weight"].mul_(1.01)
+    assert other.key(tokens, first, 30) not in keys
 
 
 def test_logprobs_and_their_gradient(llama):
