@@ -179,22 +179,15 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
 def load(arguments: argparse.Namespace, folder: Path) -> tuple[Any, Any]:
     """The model, or one of other shapes with random weights; and the tokenizer."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     dtype = getattr(torch, arguments.dtype)
     if not arguments.shapes:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=arguments.device).eval(), tokenizer
-    shapes = json.loads((ROOT / "configs" / "models" / f"{arguments.shapes}.json").read_text())
-    if arguments.layers:
-        shapes["num_hidden_layers"] = arguments.layers
-    config = AutoConfig.for_model(**shapes)
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)  # this process does nothing else
-    with torch.device(arguments.device):
-        model = AutoModelForCausalLM.from_config(config)
-    torch.set_default_dtype(torch.float32)
-    return model.eval(), tokenizer
+    from _shapes import random_model
+
+    return random_model(arguments.shapes, arguments.device, dtype, arguments.layers), tokenizer
 
 
 def building(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -78,8 +78,6 @@ def main() -> None:
         started = time.perf_counter()
         for text in (one for several in texts.values() for one in several):
             text.states.cut = j
-            for cluster in text.states.clusters:
-                cluster.made = {key: value for key, value in cluster.made.items() if key in ("groups", "depth")}
         part = Part(None, texts["reported"])
 
         def reported(layers: list[LayerWeights], part: Part = part) -> Any:

@@ -9,7 +9,10 @@ One thread, processor seconds; all questions of one MMLU subject, 5-shot; the to
 After timing, the trial's log-probabilities of the four options are compared with those of the fused checkpoint.
 
     python benchmarks/search.py --model SMOLLM2.gguf --data-dir DIR
+    python benchmarks/search.py --model SMOLLM2.gguf --data-dir DIR --shapes llama3-8b --alphas alphas/base.json --device cuda
 
+With --shapes the weights are random, of a model in configs/models; only the tokenizer is the given model's. Then all subjects
+are asked, in bfloat16 on a GPU; seconds are of the wall clock; what is measured is capture, trial, gradient step and memory.
 Last line of stdout: JSON.
 """
 
@@ -40,7 +43,14 @@ def main() -> None:
     options.add_argument("--limit", type=int)
     options.add_argument("--repeats", type=int, default=15)
     options.add_argument("--skip-lm-eval", action="store_true")
+    options.add_argument("--shapes", help="random weights of this model of configs/models")
+    options.add_argument("--alphas", type=Path, help="with --shapes: the steps")
+    options.add_argument("--device", default="cuda", help="with --shapes")
+    options.add_argument("--subjects", default="", help="with --shapes: comma-separated (default: all)")
     arguments = options.parse_args()
+    if arguments.shapes:
+        shapes(arguments)
+        return
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"  # before torch is imported
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
@@ -139,6 +149,95 @@ def main() -> None:
         result["trial_times_cheaper_than_lm_eval"] = round(found["lm-eval"] / found["trial"], 1)
     for key, value in result.items():
         print(f"{key:36} {value}")
+    print(json.dumps(result))
+
+
+def shapes(arguments: argparse.Namespace) -> None:
+    """A large model on one device: how long its states take, and trials on them."""
+    import torch
+    from _shapes import random_model
+    from transformers import AutoTokenizer
+
+    from eval.lm import PrefixLM
+    from eval.mmlu import read_mmlu
+    from eval.objective import capture_questions, encode_questions, options, question_terms
+    from eval.trial import Mixture, Tail, first_mixed
+    from merge.alphas import plan_from_alphas, read_alphas
+    from merge.report import peak_rss_bytes, versions
+    from merge.source import resolve
+    from merge.space import Alphas, Coefficients, groups_of
+
+    logging.disable(logging.WARNING)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(arguments.model).folder)
+    gpu = arguments.device.startswith("cuda")
+    dtype = torch.bfloat16 if gpu else torch.float32
+    model = random_model(arguments.shapes, arguments.device, dtype)
+    config = model.config
+    lm = PrefixLM(model, tokenizer=tokenizer, device=arguments.device, self_check=False)
+    total = config.num_hidden_layers
+    if arguments.alphas:
+        steps = plan_from_alphas(read_alphas(arguments.alphas), total).steps
+    else:
+        from merge.plan import chain
+
+        steps = chain([0.62] * arguments.layers, total)
+    names = [name for name, _ in model.get_decoder().layers[0].named_parameters()]
+    space = Alphas(steps, total, groups_of(names, norms=False))
+    free = Coefficients(space.rows, total, groups_of(names, norms=True), config.model_type)
+    tail, cut = Tail(lm), first_mixed(space)
+
+    def synchronise() -> None:
+        if gpu:
+            torch.cuda.synchronize()
+
+    def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
+        synchronise()
+        start = time.perf_counter()
+        value = work()
+        synchronise()
+        return time.perf_counter() - start, value
+
+    chosen = [one for one in arguments.subjects.split(",") if one]
+    subjects = read_mmlu(arguments.data_dir, chosen)
+    encoding, parts = seconds(lambda: encode_questions(lm, subjects, 5, arguments.limit, 0))
+    captured, questions = seconds(lambda: [capture_questions(tail, one, cut) for one in parts.values()])
+    after_capture = torch.cuda.memory_allocated() if gpu else 0
+    mixture, loose = Mixture(tail, space, cut), Mixture(tail, free, cut)
+    x = torch.tensor([step.alpha for step in steps], device=arguments.device)
+    start = next(iter(free.starts().values())).to(arguments.device).requires_grad_(True)
+
+    @torch.inference_mode()
+    def trial() -> None:
+        layers = mixture.layers(space.mixes(x))
+        for one in questions:
+            options(tail, layers, one)
+
+    def gradient() -> None:
+        start.grad = None
+        layers = loose.layers(free.mixes(start))
+        losses = [question_terms(options(tail, layers, one), one)["kl"] for one in questions]
+        torch.autograd.backward(torch.stack(losses).sum())
+
+    result: dict[str, Any] = {
+        "machine": torch.cuda.get_device_name() if gpu else platform.machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "what": f"{arguments.shapes}, {total} -> {total - len(steps)} layers, {sum(len(one.ids) for one in parts.values())} "
+        f"questions, 5-shot, {dtype}, {arguments.device}",
+        "tokens_cached": sum(one.states.num_tokens for one in questions),
+        "cache_gb": round(sum(one.states.nbytes for one in questions) / 1e9, 2),
+        "encoding_s": round(encoding, 2),
+        "capture_s": round(captured, 2),
+        "gpu_gb_after_capture": round(after_capture / 1e9, 2),
+    }
+    for name, work in (("trial", trial), ("gradient", gradient)):
+        first, _ = seconds(work)
+        result[f"first_{name}_s"] = round(first, 4)
+        result[f"{name}_s"] = [round(seconds(work)[0], 4) for _ in range(arguments.repeats)]
+    result["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2) if gpu else 0
+    result["peak_rss_gb"] = round(peak_rss_bytes() / 1e9, 2)
+    for key, value in result.items():
+        print(f"{key:24} {value}")
     print(json.dumps(result))
 
 

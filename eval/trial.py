@@ -36,7 +36,10 @@ from .tree import Limits, Pack
 from .tree import plan as prefix_trees
 
 NORM = "input_layernorm.weight"
-GROUP_ENTRIES = 2**16  # answers times tokens in one call of the last layer: more calls cost time, and so do masked entries
+# In the last layer, packs are joined to few groups, since keys of the prefix are copied for each, but masked entries (answers
+# times tokens) cost time too. Groups go side by side into few calls, since every call reads all weights and its gradient writes
+# them, but large copies of keys are slow. Blocks bound what is in memory at a time.
+GROUP_ENTRIES, CALL_TOKENS, BLOCK_TOKENS = 2**15, 2**13, 2**16
 SAMPLED = 256  # values of a tensor that tell it from others
 HEAD_ROWS = 256  # answers whose logits over the whole vocabulary exist at a time
 
@@ -66,7 +69,6 @@ class ClusterStates:
     hidden: torch.Tensor
     past: int
     packs: list[PackAnswers]
-    made: dict[str, Any] = field(default_factory=dict)  # what depends on the states alone, made by the first trial
 
     @property
     def depth(self) -> list[int]:
@@ -81,6 +83,10 @@ class States:
     cut: int
     clusters: list[ClusterStates]
     num_answers: int
+    blocks: "list[_Block]" = field(default_factory=list)  # how the last layer takes them; laid out by the first trial
+    same: dict[tuple[int, str], torch.Tensor] = field(
+        default_factory=dict
+    )  # what the first layer makes of a block in any trial
 
     @property
     def nbytes(self) -> int:
@@ -134,15 +140,57 @@ class States:
 
 @dataclass(frozen=True)
 class _Group:
-    """Neighbouring packs of a cluster as one: `size` tokens; answers `rows` [R] see what `masks` [1, 1, R, past + size] say.
+    """Neighbouring packs of a cluster as one, which begins at token `start` of a block; all padded to the same size in a call.
 
-    rows are numbers of tokens in the cluster; depth: [1, R].
+    rows [R]: tokens of the block that are answers, and their numbers. depth: [R]. masks: [1, 1, R, past + size] by kind of
+    attention. pieces: of a block's keys, the prefix (if any) and the group's own.
     """
 
-    size: int
     rows: torch.Tensor
-    masks: Any
+    numbers: list[int]
     depth: torch.Tensor
+    masks: dict[str | None, torch.Tensor]
+    pieces: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """B groups side by side, as the last layer takes them.
+
+    rows, depth: [B, R], padded with each group's first. real: [B, R], whether a row is an answer. masks: [B, 1, R, T], by kind
+    of attention where there are several. pieces: for each group, and how much its keys are padded by.
+    """
+
+    rows: torch.Tensor
+    real: torch.Tensor
+    depth: torch.Tensor
+    masks: Any
+    pieces: list[tuple[tuple[int, ...], int]]
+
+    def gather(self, split: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Keys or values [B, heads, T, head_dim] from a block's, split into pieces [1, heads, N, head_dim]."""
+        row = []
+        for pieces, padding in self.pieces:
+            row += [split[piece] for piece in pieces]
+            if padding:
+                row.append(split[0].new_zeros(1, split[0].shape[1], padding, split[0].shape[3]))
+        whole: torch.Tensor = torch.cat(row, dim=2)[0].unflatten(1, (len(self.pieces), -1))
+        return whole.transpose(0, 1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Neighbouring clusters whose keys and values are computed together.
+
+    depth: [1, N]. sizes: of the pieces of the N tokens: prefixes and groups. numbers: of the answers as the calls give them.
+    """
+
+    clusters: list[int]
+    depth: torch.Tensor
+    sizes: list[int]
+    calls: list[_Call]
+    numbers: list[int]
 
 
 class Tail:
@@ -231,21 +279,18 @@ class Tail:
         """Hidden states [A, D] that leave the last layer of `tail` at the answers, before the model's last norm."""
         if not tail:
             raise TrialError("the plan changes no layer that is left; there is nothing to run on cached states")
-        parts: list[torch.Tensor] = []
-        for cluster in states.clusters:
-            hidden = cluster.hidden
-            for layer in tail[:-1]:
-                hidden = self._whole(cluster, layer, hidden)
-            parts += self._last(cluster, tail[-1], hidden)
-        return _in_order(states, parts)
+        hidden = [cluster.hidden for cluster in states.clusters]
+        for layer in tail[:-1]:
+            hidden = [self._whole(cluster, layer, one) for cluster, one in zip(states.clusters, hidden, strict=True)]
+        return self._last(states, tail[-1], hidden, first=len(tail) == 1)
 
     def through(self, states: States, layer: LayerWeights) -> States:
         """The states that leave a layer, for every token."""
-        clusters = []
-        for cluster in states.clusters:
-            shared = {key: value for key, value in cluster.made.items() if key in ("groups", "depth")}
-            clusters.append(ClusterStates(self._whole(cluster, layer, cluster.hidden), cluster.past, cluster.packs, shared))
-        return States(states.cut, clusters, states.num_answers)
+        clusters = [
+            ClusterStates(self._whole(cluster, layer, cluster.hidden), cluster.past, cluster.packs)
+            for cluster in states.clusters
+        ]
+        return States(states.cut, clusters, states.num_answers, states.blocks)
 
     def answers(self, states: States) -> torch.Tensor:
         """The states themselves at the answers, [A, D]."""
@@ -254,7 +299,8 @@ class Tail:
             for cluster in states.clusters
             for pack in cluster.packs
         ]
-        return _in_order(states, parts)
+        numbers = [answer for cluster in states.clusters for pack in cluster.packs for answer in pack.answers]
+        return _in_order(parts, numbers)
 
     def logits(self, hidden: torch.Tensor, tokens: Sequence[int] | None = None) -> torch.Tensor:
         """The model's own last norm and head on [A, D]: logits of `tokens` [A, len(tokens)], or of all [A, V], in float32."""
@@ -305,48 +351,59 @@ class Tail:
             result.append(self._call(layer, one, [pack.pack.depth], _After(record), masks)[0])
         return torch.cat(result)
 
-    def _last(self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor) -> list[torch.Tensor]:
-        """The last layer at the answers of each pack."""
-        keys, values = self._keys_values(cluster, layer, hidden)
-        if "groups" not in cluster.made:
+    def _last(self, states: States, layer: LayerWeights, hidden: Sequence[torch.Tensor], first: bool) -> torch.Tensor:
+        """The last layer at the answers [A, D]; `first`: it is also the first, so `hidden` is the same in every trial."""
+        if not states.blocks:
             with _plain():
-                cluster.made["groups"] = list(self._groups(cluster))
-        groups: list[_Group] = cluster.made["groups"]
-        # Split, not sliced: the gradient of every slice of a large tensor is a large tensor, mostly of zeros.
-        sizes = [cluster.past, *(group.size for group in groups)]
-        (prefix_keys, *more_keys), (prefix_values, *more_values) = keys.split(sizes, dim=2), values.split(sizes, dim=2)
-        asking = hidden[torch.cat([group.rows for group in groups])].split([len(group.rows) for group in groups])
+                states.blocks.extend(self._blocks(states))
         result = []
-        for group, some, k, v in zip(groups, asking, more_keys, more_values, strict=True):
-            cache = _Return(torch.cat([prefix_keys, k], dim=2), torch.cat([prefix_values, v], dim=2))
-            result.append(self._call(layer, some[None], group.depth, cache, group.masks)[0])
-        return result
+        for index, block in enumerate(states.blocks):
+
+            def whole(block: _Block = block) -> torch.Tensor:
+                return torch.cat([hidden[cluster] for cluster in block.clusters])
+
+            def asking(block: _Block = block, whole: Callable[[], torch.Tensor] = whole) -> torch.Tensor:
+                return whole()[torch.cat([call.rows.flatten() for call in block.calls])]
+
+            keys, values = self._keys_values(states, index, layer, whole, first)
+            rows = (self._same(states, index, "asking", asking) if first else asking()).split(
+                [call.rows.numel() for call in block.calls]
+            )
+            # Split, not sliced: the gradient of every slice of a large tensor is a large tensor, mostly of zeros.
+            split = keys.split(block.sizes, dim=2), values.split(block.sizes, dim=2)
+            for call, some in zip(block.calls, rows, strict=True):
+                cache = _Return(*(call.gather(one) for one in split))
+                result.append(self._call(layer, some.view(*call.rows.shape, -1), call.depth, cache, call.masks)[call.real])
+        return _in_order(result, [number for block in states.blocks for number in block.numbers])
+
+    def _same(self, states: States, block: int, name: str, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What every trial on these states makes alike, made once."""
+        if (block, name) not in states.same:
+            with _plain():
+                states.same[block, name] = make()
+        return states.same[block, name]
 
     def _keys_values(
-        self, cluster: ClusterStates, layer: LayerWeights, hidden: torch.Tensor
+        self, states: States, index: int, layer: LayerWeights, whole: Callable[[], torch.Tensor], first: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of every token of a cluster in one layer, each [1, heads, N, head_dim]."""
-        capture, short = _Capture(), self._folded(self._without_queries(layer), hidden is cluster.hidden)
-        if "depth" not in cluster.made:
-            with _plain():
-                cluster.made["depth"] = torch.tensor([cluster.depth], device=hidden.device)
+        """Keys and values of every token of a block in one layer, each [1, heads, N, head_dim]."""
+        capture, short = _Capture(), self._folded(self._without_queries(layer), first)
+        depth = states.blocks[index].depth
         module = self.layers[layer.base]
         norm = getattr(module, "input_layernorm", None)
         try:
-            if norm is None or hidden is not cluster.hidden or NORM in short.changed:
-                self._call(short, hidden[None], cluster.made["depth"], capture, None)
+            if norm is None or not first or NORM in short.changed:
+                self._call(short, whole()[None], depth, capture, None)
             else:
                 # The first layer above the cut gets the same input in every trial, and its norm is the same too: the layer's
                 # own, or one of ones where a changed weight went into the matrices.
                 own = NORM not in layer.changed
+                ones = {} if own else {"weight": torch.ones_like(norm.weight) - self._norm_offset}
                 name = f"normed {layer.base}" if own else "normed by ones"
-                if name not in cluster.made:
-                    with _plain():
-                        ones = {} if own else {"weight": torch.ones_like(norm.weight) - self._norm_offset}
-                        cluster.made[name] = functional_call(norm, ones, (hidden[None],))
+                normed = self._same(states, index, name, lambda: functional_call(norm, ones, (whole()[None],)))
                 attention = {k.removeprefix("self_attn."): v for k, v in short.changed.items() if k.startswith("self_attn.")}
-                arguments = self._at(layer.base, cluster.made["depth"], capture, None)
-                functional_call(module.self_attn, attention, (), {"hidden_states": cluster.made[name], **arguments})
+                arguments = self._at(layer.base, depth, capture, None)
+                functional_call(module.self_attn, attention, (), {"hidden_states": normed, **arguments})
         except _StopHere:
             pass
         return capture.keys, capture.values
@@ -366,24 +423,56 @@ class Tail:
                 changed[name] = (changed[name] if name in changed else own) * gain
         return LayerWeights(layer.base, changed)
 
-    def _groups(self, cluster: ClusterStates) -> Iterator[_Group]:
+    def _blocks(self, states: States) -> Iterator[_Block]:
+        """Neighbouring clusters together, as long as they have at most BLOCK_TOKENS tokens."""
+        device = self.lm.device
+        clusters: list[int] = []
+        depth, sizes, groups = list[int](), list[int](), list[_Group]()
+        for i, cluster in enumerate(states.clusters):
+            prefix = (len(sizes),) if cluster.past else ()
+            sizes += [cluster.past] if cluster.past else []
+            for group in self._groups(cluster, len(depth), prefix, len(sizes)):
+                groups.append(group)
+                sizes.append(group.length - cluster.past)
+            depth += cluster.depth
+            clusters.append(i)
+            after = states.clusters[i + 1 : i + 2]
+            if after and len(depth) + len(after[0].hidden) <= BLOCK_TOKENS:
+                continue
+            calls, numbers = [], list[int]()
+            for some in _alike(groups):
+                calls.append(_side_by_side(some))
+                numbers += [number for group in some for number in group.numbers]
+            yield _Block(clusters, torch.tensor([depth], device=device), sizes, calls, numbers)
+            clusters, depth, sizes, groups = [], [], [], []
+
+    def _groups(self, cluster: ClusterStates, offset: int, prefix: tuple[int, ...], piece: int) -> Iterator[_Group]:
         """Neighbouring packs of a cluster joined, as long as their mask stays within GROUP_ENTRIES."""
-        device, joined, rows, start = cluster.hidden.device, Pack(), list[int](), cluster.past
+        device, joined, rows, numbers, start = self.lm.device, Pack(), list[int](), list[int](), offset + cluster.past
         for i, pack in enumerate(cluster.packs):
-            offset = len(joined.tokens)
+            before = len(joined.tokens)
             joined.tokens += pack.pack.tokens
             joined.depth += pack.pack.depth
-            joined.end += [end + offset for end in pack.pack.end]
-            rows += [row + offset for row in pack.rows]
+            joined.end += [end + before for end in pack.pack.end]
+            rows += [row + before for row in pack.rows]
+            numbers += pack.answers
             after = cluster.packs[i + 1 : i + 2]
             together = [len(joined.tokens) + len(one.pack.tokens) for one in after]
             if after and (len(rows) + len(after[0].rows)) * (cluster.past + together[0]) <= GROUP_ENTRIES:
                 continue
+            masks = self.lm._masks(joined, cluster.past, rows)
+            kinds: dict[str | None, torch.Tensor] = dict(masks.items()) if isinstance(masks, dict) else {None: masks}
             at = torch.tensor(rows, device=device)
-            depth = torch.tensor(joined.depth, device=device)[at][None]
-            yield _Group(len(joined.tokens), at + start, self.lm._masks(joined, cluster.past, rows), depth)
-            start += len(joined.tokens)
-            joined, rows = Pack(), []
+            yield _Group(
+                at + start,
+                numbers,
+                torch.tensor(joined.depth, device=device)[at],
+                kinds,
+                (*prefix, piece),
+                cluster.past + len(joined.tokens),
+            )
+            start, piece = start + len(joined.tokens), piece + 1
+            joined, rows, numbers = Pack(), [], []
 
     def _call(self, layer: LayerWeights, hidden: torch.Tensor, depth: Any, cache: Any, masks: Any) -> torch.Tensor:
         """The layer's own forward on [B, T, D] at positions `depth` [B, T]."""
@@ -439,11 +528,43 @@ def instead_of_layers(decoder: torch.nn.Module, modules: Sequence[torch.nn.Modul
         model.layers, model.config.num_hidden_layers = before, count
 
 
-def _in_order(states: States, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What was found pack by pack, in the order of the answers' numbers."""
+def _in_order(parts: Sequence[torch.Tensor], numbers: Sequence[int]) -> torch.Tensor:
+    """What was found part by part, in the order of the answers' numbers."""
     found = torch.cat(list(parts))
-    numbers = [answer for cluster in states.clusters for pack in cluster.packs for answer in pack.answers]
     return found[torch.tensor(numbers, device=found.device).argsort()]
+
+
+def _alike(groups: Sequence[_Group]) -> Iterator[list[_Group]]:
+    """Groups of about the same size together, as many as stay within CALL_TOKENS after padding."""
+    some: list[_Group] = []
+    for group in sorted(groups, key=lambda one: (one.length, len(one.rows))):
+        if some and (len(some) + 1) * group.length > CALL_TOKENS:
+            yield some
+            some = []
+        some.append(group)
+    if some:
+        yield some
+
+
+def _side_by_side(groups: Sequence[_Group]) -> _Call:
+    """The groups padded to the same number of rows and keys; what is added is hidden."""
+    most, length = max(len(group.rows) for group in groups), max(group.length for group in groups)
+    masks: dict[str | None, list[torch.Tensor]] = {}
+    rows, depth, real = [], [], []
+    for group in groups:
+        index = torch.zeros(most, dtype=torch.long, device=group.rows.device)
+        index[: len(group.rows)] = torch.arange(len(group.rows), device=group.rows.device)
+        rows.append(group.rows[index])
+        depth.append(group.depth[index])
+        real.append(torch.arange(most, device=index.device) < len(group.rows))
+        for kind, mask in group.masks.items():
+            hide = torch.finfo(mask.dtype).min
+            masks.setdefault(kind, []).append(
+                torch.nn.functional.pad(mask[:, :, index], (0, length - group.length), value=hide)
+            )
+    whole = {kind: torch.cat(several) for kind, several in masks.items()}
+    pieces = [(group.pieces, length - group.length) for group in groups]
+    return _Call(torch.stack(rows), torch.stack(real), torch.stack(depth), whole[None] if None in whole else whole, pieces)
 
 
 class Mixture:
