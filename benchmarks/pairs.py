@@ -3,7 +3,7 @@
 For each j, layers j and j + 1 become one, on plain text (float32); nothing else is changed:
   drop j, drop j+1   the other one stays as it is
   alpha 0.62         W_j <- 0.62 W_j + 0.38 W_j+1 for matrices, norms of layer j: what the published formula comes to
-  best alpha         the best of 0, 0.1, ..., 1 on the search text
+  best alpha         the best of 0, 0.1, ..., 1 on the first batch of the search text (one number needs no more)
   group              one coefficient per tensor group and norm for each of the two layers, trained on the search text
 Perplexities are on text of its own (--eval-text). `group - better drop` is nats per token with a 95 % interval over blocks of
 128 tokens, against the drop that is better on that very text: negative is better than any drop.
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 STEP = 0.1
+ALPHA = 0.05
 
 
 def main() -> None:
@@ -44,6 +45,7 @@ def main() -> None:
 
     from eval.load import load_model
     from eval.objective import Part, capture_text, interval, measure, text_nll, text_windows
+    from eval.results import write_whole
     from eval.run import plain_text
     from eval.stats import perplexity
     from eval.trial import LayerWeights, Mixture, Tail, plan_tail
@@ -131,14 +133,42 @@ def main() -> None:
             "coefficients": dict(zip(free.names, candidate.x, strict=True)),
             "seconds": round(time.perf_counter() - started, 1),
         }
-        arguments.out.write_text(json.dumps(found, indent=1))
+        write_whole(arguments.out, json.dumps(found, indent=1))
         shown = "  ".join(f"{name} {value:.2f}" for name, value in found[str(j)]["perplexity"].items())
         change = found[str(j)]["group - better drop"]
         print(
             f"{j:2}  {shown}  best {best}  group {change['value']:+.4f} [{change['low']:+.4f}, {change['high']:+.4f}]",
             flush=True,
         )
-    print(json.dumps({"pairs": len(found), "out": str(arguments.out)}))
+    print(json.dumps(table(found) | {"out": str(arguments.out)}))
+
+
+def table(found: dict[str, Any]) -> dict[str, Any]:
+    """Prints a line for each pair; counts what is better than the better drop after Holm's correction over all pairs."""
+    from scipy.stats import t
+
+    from eval.stats import holm
+
+    order = sorted(found, key=int)
+    counts: dict[str, Any] = {"pairs": len(order)}
+    for name in ("alpha 0.62", "best alpha", "group"):
+        changes = [found[j][f"{name} - better drop"] for j in order]
+        blocks = [one["count"] // one["block"] for one in changes]
+        p = holm(
+            [
+                2.0 * float(t.sf(abs(one["value"]) / max(one["stderr"], 1e-12), n - 1))
+                for one, n in zip(changes, blocks, strict=True)
+            ]
+        )
+        for verdict, sign in (("better", -1.0), ("worse", 1.0)):
+            counts[f"{name} {verdict}"] = sum(q < ALPHA and sign * one["value"] > 0 for q, one in zip(p, changes, strict=True))
+    for j in order:
+        one, change = found[j]["perplexity"], found[j]["group - better drop"]
+        cells = [f"{one[name]:.5g}" for name in (f"drop {j}", f"drop {int(j) + 1}", "alpha 0.62")]
+        cells += [f"{one['best alpha']:.5g} ({found[j]['best alpha']:g})", f"{one['group']:.5g}"]
+        interval = f"{change['value']:+.3f} [{change['low']:+.3f}, {change['high']:+.3f}]"
+        print(f"| {j}<-{int(j) + 1} | " + " | ".join(cells) + f" | {interval} |")
+    return counts
 
 
 if __name__ == "__main__":

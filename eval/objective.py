@@ -8,6 +8,7 @@
 Questions and text come in three parts: what is searched on, what the winner is selected on, and what is reported.
 """
 
+import itertools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from .trial import LayerWeights, States, Tail
 
 Array = npt.NDArray[np.float64]
 
+MIN_WINDOW = 2  # one token given, one predicted
 TEXT_BLOCK = 128  # neighbouring tokens that count as one value in the error of a text's mean
 PARTS = ("search", "selection", "held-out")
 CHECK_SHARE = 4  # one question in so many is for selection, and as many are held out
@@ -52,19 +54,24 @@ class Encoded:
 
 @dataclass
 class Questions:
-    """Questions with the hidden states of a trial; `original`: the original model's log-probabilities [A, 4]."""
+    """Questions with the hidden states of a trial; `rows` [Q]: the answer of each question, since equal prompts are run once.
+
+    original: the original model's log-probabilities [Q, 4]; targets [Q].
+    """
 
     encoded: Encoded
     states: States
+    rows: torch.Tensor
     original: torch.Tensor
     targets: torch.Tensor
 
 
 @dataclass
 class Text:
-    """Windows of a text with the hidden states of a trial; `targets` [T] are the tokens to predict."""
+    """Windows of a text with the hidden states of a trial; `targets` [T] are the tokens to predict, at answers `rows` [T]."""
 
     states: States
+    rows: torch.Tensor
     targets: torch.Tensor
 
 
@@ -143,11 +150,15 @@ def text_windows(
     if len(ids) < sum(tokens_per_part):
         raise DataError(f"the text has {len(ids):,} tokens, expected at least {sum(tokens_per_part):,}")
     window = min(window, lm.max_length)
+    if window < MIN_WINDOW or any(0 < count < MIN_WINDOW for count in tokens_per_part):
+        raise DataError(
+            f"windows of {window} tokens of texts of {list(tokens_per_part)}: expected at least {MIN_WINDOW} of each"
+        )
     found, start = {}, 0
     for part, count in zip(PARTS, tokens_per_part, strict=True):
         found[part] = [ids[i : min(i + window, start + count)] for i in range(start, start + count, window)]
         start += count
-    return {part: [one for one in windows if len(one) > 1] for part, windows in found.items()}
+    return {part: [one for one in windows if len(one) >= MIN_WINDOW] for part, windows in found.items()}
 
 
 def capture_questions(
@@ -167,12 +178,17 @@ def capture_questions(
         original[answers] = torch.log_softmax(logits[:, letters].float(), -1).cpu()
 
     states, more = _kept(
-        tail, inputs, first, cut, lambda: (tail.capture(inputs, first, cut, seen, done), {"original": original}), done, folder
+        tail,
+        [*inputs, tuple(letters)],  # what is kept depends on the letters too
+        first,
+        cut,
+        lambda: (tail.capture(inputs, first, cut, seen, done), {"original": original}),
+        done,
+        folder,
     )
-    original = more["original"].cpu()
-    targets = dict(zip(encoded.inputs, encoded.targets, strict=True))
-    device = tail.lm.device
-    return Questions(encoded, states, original.to(device), torch.tensor([targets[one] for one in inputs], device=device))
+    device, number = tail.lm.device, {one: i for i, one in enumerate(inputs)}
+    rows = torch.tensor([number[one] for one in encoded.inputs], device=device)
+    return Questions(encoded, states, rows, more["original"].to(device)[rows], torch.tensor(encoded.targets, device=device))
 
 
 def capture_text(
@@ -195,14 +211,15 @@ def capture_text(
     found = []
     for batch in batches:
         inputs = list(dict.fromkeys(tuple(one[:-1]) for one in batch))
-        nexts = {tuple(one[:-1]): one[1:] for one in batch}
-        targets = torch.tensor([token for one in inputs for token in nexts[one]], device=tail.lm.device)
+        begin = dict(zip(inputs, itertools.accumulate(map(len, inputs), initial=0), strict=False))
+        rows = torch.tensor([begin[tuple(one[:-1])] + i for one in batch for i in range(len(one) - 1)], device=tail.lm.device)
+        targets = torch.tensor([token for one in batch for token in one[1:]], device=tail.lm.device)
         first = [0] * len(inputs)
 
         def capture(inputs: list[tuple[int, ...]] = inputs, first: list[int] = first) -> tuple[States, dict[str, torch.Tensor]]:
             return tail.capture(inputs, first, cut, done=done), {}
 
-        found.append(Text(_kept(tail, inputs, first, cut, capture, done, folder)[0], targets))
+        found.append(Text(_kept(tail, inputs, first, cut, capture, done, folder)[0], rows, targets))
     return tuple(found)
 
 
@@ -243,9 +260,9 @@ def loss(tail: Tail, layers: Sequence[LayerWeights], part: Part, weights: Mappin
 
 
 def options(tail: Tail, layers: Sequence[LayerWeights], questions: Questions) -> torch.Tensor:
-    """Log-probabilities [A, 4] of the letters among the four."""
+    """Log-probabilities [Q, 4] of the letters among the four."""
     hidden = tail.run(questions.states, layers)
-    return torch.log_softmax(tail.logits(hidden, questions.encoded.letters), -1)
+    return torch.log_softmax(tail.logits(hidden, questions.encoded.letters), -1)[questions.rows]
 
 
 def question_terms(found: torch.Tensor, questions: Questions) -> dict[str, torch.Tensor]:
@@ -255,7 +272,7 @@ def question_terms(found: torch.Tensor, questions: Questions) -> dict[str, torch
 
 
 def _by_question(found: torch.Tensor, questions: Questions) -> dict[str, torch.Tensor]:
-    """For every question [A]: kl, ce, whether it is answered right, and as the original answers it."""
+    """For every question [Q]: kl, ce, whether it is answered right, and as the original answers it."""
     chosen = found.argmax(-1)
     return {
         "kl": (questions.original.exp() * (questions.original - found)).sum(-1),
@@ -267,8 +284,13 @@ def _by_question(found: torch.Tensor, questions: Questions) -> dict[str, torch.T
 
 def text_nll(tail: Tail, layers: Sequence[LayerWeights], text: Sequence[Text]) -> torch.Tensor:
     """Mean negative log-likelihood per token."""
-    sums = [tail.logprobs(tail.run(one.states, layers), one.targets).sum() for one in text]
+    sums = [_logprobs(tail, layers, one).sum() for one in text]
     return -torch.stack(sums).sum() / sum(len(one.targets) for one in text)
+
+
+def _logprobs(tail: Tail, layers: Sequence[LayerWeights], text: Text) -> torch.Tensor:
+    """Log-probabilities [T] of the tokens to predict."""
+    return tail.logprobs(tail.run(text.states, layers)[text.rows], text.targets)
 
 
 @torch.inference_mode()
@@ -278,7 +300,7 @@ def measure(tail: Tail, layers: Sequence[LayerWeights], part: Part) -> dict[str,
     if part.questions is not None:
         found = _by_question(options(tail, layers, part.questions), part.questions)
     if part.text:
-        found["text"] = -torch.cat([tail.logprobs(tail.run(one.states, layers), one.targets) for one in part.text])
+        found["text"] = -torch.cat([_logprobs(tail, layers, one) for one in part.text])
     return {name: values.cpu().double().numpy() for name, values in found.items()}
 
 

@@ -116,7 +116,10 @@ def search_history(path: Path, trials: Sequence[Trial], what: str) -> None:
 
 
 def alphas_by_step(path: Path, plans: Mapping[str, Plan]) -> None:
-    """The alphas of several plans, step by step."""
+    """The alphas of several plans, step by step; those of other steps than the last plan's are left out."""
+    steps = list(plans.values())[-1].steps
+    same = [(step.into, step.remove) for step in steps]
+    plans = {name: plan for name, plan in plans.items() if [(step.into, step.remove) for step in plan.steps] == same}
     figure, (ax,) = axes()
     rows = []
     markers = "os^Dv"
@@ -124,7 +127,6 @@ def alphas_by_step(path: Path, plans: Mapping[str, Plan]) -> None:
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": markers[i % len(markers)], "label": name}
         ax.plot(range(len(plan.steps)), [step.alpha for step in plan.steps], linewidth=1, **style)
         rows += [(name, n, step.into, step.remove, step.alpha) for n, step in enumerate(plan.steps)]
-    steps = next(iter(plans.values())).steps
     ax.set_xticks(range(len(steps)), [f"{s.into}<-{s.remove}" for s in steps], rotation=60, fontsize=8)
     ax.set(ylabel="alpha, weight of the kept layer", xlabel="step, in order", title="Alphas", ylim=(-0.03, 1.03))
     ax.legend(frameon=False)

@@ -30,6 +30,7 @@ from .objective import (
 from .trial import LayerWeights, Mixture, Tail, first_mixed, plan_tail
 
 LACO_WINDOW, LACO_THRESHOLD, LACO_INTERVAL = 7, 0.45, 1  # as published
+FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 LIMIT_WEIGHT = 10.0  # of what a gradient search pays per nat of text beyond its limit
 
 
@@ -66,18 +67,20 @@ class Problem:
 
     def loss(
         self, space: Space, x: torch.Tensor, weights: dict[str, float], limit: float | None, batch: int | None = None
-    ) -> torch.Tensor:
-        """The loss on the part that is searched on, with a penalty beyond the limit of the text's nats per token; of the text
-        only one batch if `batch` says so.
+    ) -> tuple[torch.Tensor, float]:
+        """The loss on the part that is searched on, with a penalty beyond the limit of the text's nats per token, and by how
+        much it is missed; of the text only one batch if `batch` says so.
         """
         layers = self.mixture.layers(space.mixes(x.to(self.tail.lm.device)))
         part = self.parts["search"]
         if batch is not None and part.text:
             part = Part(part.questions, (part.text[batch % len(part.text)],))
-        value = loss(self.tail, layers, part, weights)
-        if limit is not None and part.text:
-            value = value + LIMIT_WEIGHT * torch.relu(text_nll(self.tail, layers, part.text) - limit)
-        return value
+        if limit is None or not part.text:
+            return loss(self.tail, layers, part, weights), 0.0
+        over = text_nll(self.tail, layers, part.text) - limit
+        rest = {term: weight for term, weight in weights.items() if term != "text"}
+        value = loss(self.tail, layers, Part(part.questions, ()), rest) + weights.get("text", 0.0) * (over + limit)
+        return value + LIMIT_WEIGHT * torch.relu(over), float(over.detach())
 
     def limited(self, space: Space, x: torch.Tensor, weights: dict[str, float], limit: float | None) -> tuple[float, float]:
         """(loss, nats per token beyond the limit) on the part that is searched on."""
@@ -181,7 +184,7 @@ def laco_collapse(
     states = [tail.capture(inputs, [len(one) - 1 for one in inputs], 0)]
     for layer in range(total - 1):
         states.append(tail.through(states[-1], LayerWeights(layer, {})))
-    norm = getattr(tail.decoder, "norm", lambda hidden: hidden)
+    norm = next(getattr(tail.decoder, name) for name in FINAL_NORMS if hasattr(tail.decoder, name))
     original = norm(tail.run(states[-1], [LayerWeights(total - 1, {})])).float()
 
     def cosine(rows: Sequence[Row], lowest: int) -> float:
@@ -190,6 +193,7 @@ def laco_collapse(
         return float(torch.nn.functional.cosine_similarity(norm(hidden).float(), original, dim=-1).mean())
 
     rows, tried = [unit_row(layer) for layer in range(total)], []
+    window = min(window, total)
     first = total - window
     while first >= 0 and total - len(rows) < layers:
         last = min(first + window - 1, len(rows) - 1, first + layers - (total - len(rows)))
@@ -250,7 +254,7 @@ def greedy_removal(
     def nll(position: int) -> float:
         above = [LayerWeights(layer, {}) for layer in kept[position + 1 :]]
         hidden = tail.run(entering[position], above) if above else tail.answers(entering[position])
-        return float(-tail.logprobs(hidden, text.targets).mean())
+        return float(-tail.logprobs(hidden[text.rows], text.targets).mean())
 
     fill(0)
     for _ in range(layers):

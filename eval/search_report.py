@@ -6,19 +6,23 @@ A measurement is what `objective.measure` gives; here they are kept as plan -> p
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from merge.plan import Plan, plan_to_dict
 from merge.search import Trial
 
 from .objective import Array, interval, scores
 from .results import whole_file, write_whole
-from .stats import Mean
+from .stats import CONFIDENCE, Mean, mcnemar
 
 Measured = Mapping[str, Mapping[str, Mapping[str, Array]]]
 LOWER_IS_BETTER = ("kl", "ce", "text")
+HALF = 0.5  # between wrong and right
 SHOWN = {"kl": "KL, nats", "ce": "CE, nats", "acc": "accuracy", "agreement": "agreement", "text": "perplexity"}
 
 
@@ -49,16 +53,39 @@ def verdict(measured: Measured, terms: Sequence[str]) -> str:
     controls = [plan for plan in measured if plan not in ("found", "original")]
     said = []
     for name in terms:
-        if name not in measured["found"]["held-out"]:
+        found = measured["found"]["held-out"].get(name)
+        if found is None or not len(found):
+            said.append(f"{name}: nothing was held out, so nothing can be said")
+            continue
+        if not np.isfinite(found).all():
+            said.append(f"{name}: not a number, so nothing was found")
             continue
         sign = 1.0 if name in LOWER_IS_BETTER else -1.0
-        best = min(controls, key=lambda plan: sign * float(measured[plan]["held-out"][name].mean()))
+        means = {plan: sign * float(measured[plan]["held-out"][name].mean()) for plan in controls}
+        finite = {plan: value for plan, value in means.items() if math.isfinite(value)}
+        if not finite:
+            said.append(f"{name} {found.mean():.4f}, where no control has a number")
+            continue
+        best = min(finite, key=lambda plan: finite[plan])
         change = paired(measured, best, "held-out")[name]
-        worse, better = (change.low > 0, change.high < 0) if sign > 0 else (change.high < 0, change.low > 0)
-        outcome = "better" if better else "worse: nothing was found" if worse else "no difference shown: nothing was found"
-        unit = "nats per token" if name == "text" else "nats" if name in LOWER_IS_BETTER else ""
-        said.append(f"{name} {change.value:+.4f} {unit} [{change.low:+.4f}, {change.high:+.4f}] against {best}, {outcome}")
+        outcome = _outcome(name, found, measured[best]["held-out"][name], change, sign)
+        unit = " nats per token" if name == "text" else " nats" if name in LOWER_IS_BETTER else ""
+        known = f" [{change.low:+.4f}, {change.high:+.4f}]" if math.isfinite(change.low) else ""
+        said.append(f"{name} {change.value:+.4f}{unit}{known} against {best}, {outcome}")
     return "held out, found minus the best control: " + "; ".join(said)
+
+
+def _outcome(name: str, found: Array, other: Array, change: Mean, sign: float) -> str:
+    if not math.isfinite(change.low):
+        return "too few values for an interval: nothing can be said"
+    if name in ("acc", "agreement"):  # right or wrong: an interval of means would claim too much
+        one, two = found > HALF, other > HALF
+        shown = mcnemar(int((one & ~two).sum()), int((two & ~one).sum())) < 1.0 - CONFIDENCE
+    else:
+        shown = change.low > 0 or change.high < 0
+    if not shown:
+        return "no difference shown: nothing was found"
+    return "better" if sign * change.value < 0 else "worse: nothing was found"
 
 
 def others_line(measured: Measured) -> str | None:
@@ -77,21 +104,26 @@ def others_line(measured: Measured) -> str | None:
 def table(report: Mapping[str, Any]) -> str:
     """Plans by parts; after +- half of the 95 % interval."""
     names = [name for name in SHOWN if any(name in one for one in report["scores"]["found"].values())]
-    lines = [f"{'':12}{'part':12}" + "".join(f"{SHOWN[name]:>22}" for name in names)]
+    lines = [f"{'':12}{'part':12}" + "".join(f"{SHOWN[name]:>{_width(name)}}" for name in names)]
     for plan, parts in report["scores"].items():
         for part, one in parts.items():
-            lines.append(f"{plan:12}{part:12}" + "".join(f"{_cell(one, name):>22}" for name in names))
+            lines.append(f"{plan:12}{part:12}" + "".join(f"{_cell(one, name):>{_width(name)}}" for name in names))
     return "\n".join(lines)
+
+
+def _width(name: str) -> int:
+    return 32 if name == "text" else 20
 
 
 def _cell(one: Mapping[str, Any], name: str) -> str:
     if name not in one:
         return ""
-    known = one[name]["high"] is not None
+    found = one["perplexity"] if name == "text" else one[name]
+    if found["value"] is None:
+        return "not a number"
     if name == "text":
-        found = one["perplexity"]
-        return f"{found['value']:.5g}" + (f" [{found['low']:.3g}, {found['high']:.3g}]" if known else "")
-    return f"{one[name]['value']:.4f}" + (f" +- {one[name]['high'] - one[name]['value']:.4f}" if known else "")
+        return f"{found['value']:.5g}" + (f" [{found['low']:.3g}, {found['high']:.3g}]" if found["low"] is not None else "")
+    return f"{found['value']:.4f}" + (f" +- {found['high'] - found['value']:.4f}" if found["high"] is not None else "")
 
 
 def write_trials(path: Path, names: Sequence[str], trials: Sequence[Trial]) -> None:

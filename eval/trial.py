@@ -211,13 +211,16 @@ class Tail:
         self.layers = list(self.decoder.layers)
         self.weights = [dict(layer.named_parameters()) for layer in self.layers]
         model_type = self.model.config.get_text_config().model_type
+        self._known_norms = model_type in FAMILIES
         self._norm_offset = FAMILIES[model_type].norm_offset if model_type in FAMILIES else 0.0
         self._tables: list[dict[str, Any]] = []
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells this model, in this dtype, from others: a hash of names, shapes and a sample of every weight."""
-        found = hashlib.sha256()
+        """Tells this model, in this dtype, from others: a hash of config, names, shapes and a sample of every weight."""
+        config = {key: value for key, value in self.model.config.to_dict().items() if not key.startswith("_")}
+        how = self.model.config._attn_implementation
+        found = hashlib.sha256(json.dumps([config, how], sort_keys=True, default=str).encode())
         for name, weight in self.model.named_parameters():
             flat = weight.detach().flatten()
             sample = flat[:: max(1, len(flat) // SAMPLED)].float().cpu().numpy()
@@ -355,7 +358,7 @@ class Tail:
         """The last layer at the answers [A, D]; `first`: it is also the first, so `hidden` is the same in every trial."""
         if not states.blocks:
             with _plain():
-                states.blocks.extend(self._blocks(states))
+                states.blocks.extend(list(self._blocks(states)))  # whole or not at all
         result = []
         for index, block in enumerate(states.blocks):
 
@@ -414,7 +417,8 @@ class Tail:
         Its gradient then needs no gradient of the states of every token. In float32 only: products would be rounded.
         """
         weight = layer.changed.get(NORM)
-        if weight is None or not first or weight.dtype != torch.float32:
+        exact = self._known_norms and "input_layernorm.bias" not in self.weights[layer.base]
+        if weight is None or not first or not exact or weight.dtype != torch.float32:
             return layer
         gain = weight + self._norm_offset
         changed = {name: value for name, value in layer.changed.items() if name != NORM}
@@ -496,10 +500,16 @@ class Tail:
 
     def _without_queries(self, layer: LayerWeights) -> LayerWeights:
         """The same layer with the query matrix cut down to one head of zeros, where queries have a matrix of their own."""
-        head_dim = getattr(self.layers[layer.base].self_attn, "head_dim", None)
+        attention = getattr(self.layers[layer.base], "self_attn", None)
+        head_dim = getattr(attention, "head_dim", None)
+        over_all_heads = [
+            name
+            for name, weight in self.weights[layer.base].items()
+            if name.startswith("self_attn.q_norm.") and weight.numel() != head_dim
+        ]
         queries = {name: weight for name, weight in self.weights[layer.base].items() if name.startswith("self_attn.q_proj.")}
-        if head_dim is None or not queries:
-            return layer  # fused matrices (Phi-3) compute their queries too
+        if head_dim is None or not queries or over_all_heads:
+            return layer  # fused matrices (Phi-3) and norms over all heads compute their queries too
         stubs = {name: weight.new_zeros(head_dim, *weight.shape[1:]) for name, weight in queries.items()}
         return LayerWeights(layer.base, {**layer.changed, **stubs})
 

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 METHODS = ("gradient", "gp", "tpe")
 LEARNING_RATE = 0.03
 HEARTBEAT_S, GRACE_S = 10, 40  # a worker that gives no sign of life for so long is dead; its trial is run again
+GIVEN = "given"  # attribute of trials that are starts
 LIMIT = "limit"  # name of the constraint that a trial may miss
+
+
+Limited = torch.Tensor | tuple[torch.Tensor, float]  # a loss, and by how much a limit is missed
 
 
 @dataclass(frozen=True)
@@ -48,57 +52,73 @@ class Candidate:
 
 def gradient_search(
     space: Space,
-    loss: Callable[[torch.Tensor], torch.Tensor],
+    loss: Callable[[torch.Tensor], Limited],
     *,
     steps: int,
     refine: int = 3,
     learning_rate: float = LEARNING_RATE,
     extra_starts: Mapping[str, torch.Tensor] | None = None,
-    step_loss: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
+    only: str = "",
+    step_loss: Callable[[torch.Tensor, int], Limited] | None = None,
     progress: Callable[[Trial], object] = lambda trial: None,
 ) -> list[Candidate]:
     """Adam with a cosine schedule from the best `refine` of all starts; the best point on each way, best first.
 
     Args:
-        loss: of parameters x (see `space`); a scalar that gradients flow back from.
+        loss: of parameters x (see `space`); a scalar that gradients flow back from, and with it, where there is a limit, by
+            how much it is missed (at most 0 where it holds). Points that miss it are passed through but not kept.
         step_loss: of parameters and the number of a step, an estimate of the loss that a step takes instead (of a part of
             the data); then the better of a way's start and end is kept.
+        only: of the starts those with this in their name.
         progress: called with every trial.
+
+    Raises:
+        SearchError: no start has that name.
     """
-    starts = {**space.starts(), **(extra_starts or {})}
+    starts = {name: x for name, x in {**space.starts(), **(extra_starts or {})}.items() if only in name}
+    if not starts:
+        raise SearchError(
+            f"no start has {only!r} in its name; there are: {', '.join({**space.starts(), **(extra_starts or {})})}"
+        )
     with torch.no_grad():
         first = {}
         for name, x in starts.items():
-            first[name] = float(loss(x))
-            progress(Trial(name, 0, tuple(x.tolist()), first[name]))
-    chosen = sorted(first, key=lambda name: (not math.isfinite(first[name]), first[name]))[:refine]
+            first[name] = _trial(name, 0, x, loss(x))
+            progress(first[name])
+    chosen = sorted(first, key=lambda name: (not math.isfinite(first[name].loss), first[name].loss))[:refine]
     found = []
     for name in chosen:
         u = space.unbound(starts[name]).clone().requires_grad_(True)
         optimiser = torch.optim.Adam([u], lr=learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps), eta_min=0.1 * learning_rate)
-        best = (first[name], starts[name].detach())
+        way = [first[name]]
         for step in range(steps):
             x = space.bound(u)
             value = loss(x) if step_loss is None else step_loss(x, step)
-            here = float(value.detach())
-            progress(Trial(name, step + 1, tuple(x.detach().tolist()), here))
-            if not math.isfinite(here):
+            here = _trial(name, step + 1, x, value)
+            progress(here)
+            if not math.isfinite(here.loss):
                 break  # what was found before stays
-            if step_loss is None and here < best[0]:
-                best = (here, x.detach().clone())
+            if step_loss is None:
+                way.append(here)
             optimiser.zero_grad()
-            torch.autograd.backward(value)
+            torch.autograd.backward(value[0] if isinstance(value, tuple) else value)
             optimiser.step()
             schedule.step()
         with torch.no_grad():
             x = space.bound(u)
-            last = float(loss(x))
-            progress(Trial(name, steps + 1, tuple(x.tolist()), last))
-        if last < best[0]:
-            best = (last, x.clone())
-        found.append(Candidate(name, tuple(best[1].tolist()), best[0]))
+            way.append(_trial(name, steps + 1, x, loss(x)))
+            progress(way[-1])
+        kept = [trial for trial in way if trial.over <= 0.0 and math.isfinite(trial.loss)]
+        if kept:
+            best = min(kept, key=lambda trial: trial.loss)
+            found.append(Candidate(name, best.x, best.loss))
     return sorted(found, key=lambda candidate: candidate.loss)
+
+
+def _trial(start: str, step: int, x: torch.Tensor, value: Limited) -> Trial:
+    loss, over = value if isinstance(value, tuple) else (value, 0.0)
+    return Trial(start, step, tuple(x.detach().tolist()), float(loss.detach()), over)
 
 
 def study_search(
@@ -109,17 +129,25 @@ def study_search(
     method: str,
     trials: int,
     seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
     progress: Callable[[Trial], object] = lambda trial: None,
 ) -> list[Candidate]:
     """Runs a study until it has `trials` complete trials, by this and all other workers on it; best first.
 
     A study that was stopped goes on as if it had not been: the sampler's random numbers depend on the seed and the
-    number of complete trials only.
+    number of trials that ended with a value only (and of those that other workers are at).
 
     Args:
         loss: of parameters x; (loss, by how much a limit is missed: at most 0 where it holds).
         method: 'gp' or 'tpe'.
+        settings: kept with the study from its first trial on; see `open_study`.
+
+    Raises:
+        SearchError: the study was made with other settings.
     """
+    if settings:
+        _check_settings(study, settings)
+        study.set_user_attr("settings", {**dict(settings), **study.user_attrs.get("settings", {})})
     library = importlib.import_module("optuna")
     low, high = space.bounds
     names = {name: i for i, name in enumerate(space.names)}
@@ -127,20 +155,19 @@ def study_search(
 
     def objective(trial: "optuna.Trial") -> float:
         x = torch.tensor([trial.suggest_float(name, low, high) for name in names])
+        if sampler.place < len(space.starts()):
+            trial.set_user_attr(GIVEN, True)
         value, over = loss(x)
-        trial.set_constraint(LIMIT, over)
         progress(Trial("", trial.number, tuple(x.tolist()), value, over))
-        if not math.isfinite(value):
+        if not (math.isfinite(value) and math.isfinite(over)):
             raise library.TrialPruned
+        trial.set_constraint(LIMIT, over)
         return value
 
-    if not study.get_trials(deepcopy=False):
-        for start in space.starts().values():
-            study.enqueue_trial(dict(zip(names, start.clamp(low, high).tolist(), strict=True)))
+    study.sampler = sampler = _sampler(library, method, seed, list(space.starts().values()), names, (low, high))
     count = len(study.get_trials(deepcopy=False, states=complete))
     tried = 0
     while count < trials and tried < 10 * trials:
-        study.sampler = _sampler(library, method, seed + count)
         with _experiments_allowed():
             study.optimize(objective, n_trials=1)
         count = len(study.get_trials(deepcopy=False, states=complete))
@@ -154,7 +181,7 @@ def study_trials(space: Space, study: "optuna.Study") -> list[Trial]:
     complete = (importlib.import_module("optuna").trial.TrialState.COMPLETE,)
     return [
         Trial(
-            "given" if "fixed_params" in t.system_attrs else "sampled",
+            "given" if GIVEN in t.user_attrs else "sampled",
             t.number,
             tuple(t.params[name] for name in space.names),
             float(t.value or 0.0),
@@ -187,7 +214,7 @@ def slices(
 
 
 def open_study(storage: str | None, name: str, settings: Mapping[str, Any], *, resume: bool) -> "optuna.Study":
-    """The study of that name, in memory without a storage; `settings` are kept with it and must be the same every time.
+    """The study of that name, in memory without a storage; `settings` must be those that `study_search` kept with it.
 
     Args:
         storage: a database URL, such as sqlite:///search.db or postgresql://..., or the name of a journal file (.log).
@@ -212,21 +239,60 @@ def open_study(storage: str | None, name: str, settings: Mapping[str, Any], *, r
         first = str(error).strip().partition("\n")[0]
         raise SearchError(f"the storage {storage} cannot be opened: {first}") from error
     known = study.user_attrs.get("settings")
-    if known is None:
-        study.set_user_attr("settings", dict(settings))
-    elif not resume:
+    if known is not None and not resume:
         raise SearchError(f"the study {name!r} is in {storage} already; give --resume to go on with it, or another --name")
-    elif known != dict(settings):
-        changed = ", ".join(key for key in {*known, *settings} if known.get(key) != settings.get(key))
-        raise SearchError(f"the study {name!r} was made with other options ({changed}); use the same, or another --name")
+    _check_settings(study, settings)
     return study
 
 
-def _sampler(optuna: Any, method: str, seed: int) -> Any:
-    with _experiments_allowed():
-        if method == "gp":
-            return optuna.samplers.GPSampler(seed=seed)
-        return optuna.samplers.TPESampler(seed=seed, multivariate=True)
+def _check_settings(study: "optuna.Study", settings: Mapping[str, Any]) -> None:
+    known = study.user_attrs.get("settings", {})
+    changed = ", ".join(sorted(key for key in settings if key in known and known[key] != settings[key]))
+    if changed:
+        raise SearchError(
+            f"the study {study.study_name!r} was made with other options ({changed}); use the same, or another --name"
+        )
+
+
+def _sampler(
+    optuna: Any, method: str, seed: int, starts: list[torch.Tensor], names: Mapping[str, int], bounds: tuple[float, float]
+) -> Any:
+    """Gives the starts first, then Optuna's samples, with random numbers of their own for every trial.
+
+    Which it is, is told by a trial's place among those before it that did not fail: so no two of several workers do the same,
+    and a study that goes on after a trial was stopped does what the stopped one would have done.
+    """
+    states = optuna.trial.TrialState
+    begun = (states.COMPLETE, states.PRUNED, states.RUNNING)
+
+    class Sampler(optuna.samplers.BaseSampler):  # type: ignore[misc]
+        place: int
+        inner: Any
+
+        def before_trial(self, study: Any, trial: Any) -> None:
+            self.place = sum(t.number < trial.number for t in study.get_trials(deepcopy=False, states=begun))
+            with _experiments_allowed():
+                if method == "gp":
+                    self.inner = optuna.samplers.GPSampler(seed=seed + self.place)
+                else:
+                    self.inner = optuna.samplers.TPESampler(seed=seed + self.place, multivariate=True)
+            self.inner.before_trial(study, trial)
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            return {} if self.place < len(starts) else self.inner.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+            return {} if self.place < len(starts) else self.inner.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+            if self.place < len(starts):
+                return float(starts[self.place][names[param_name]].clamp(*bounds))
+            return self.inner.sample_independent(study, trial, param_name, param_distribution)
+
+        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+            self.inner.after_trial(study, trial, state, values)
+
+    return Sampler()
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def mka(activations: Activations, seed: int = 0) -> Array:
         )
     maps = np.stack([_ranks(diffusion_map(layer)) for layer in layers])
     entropies = np.array([entropy(one) for one in maps])
+    entropies[entropies >= 0.0] = np.nan  # the root of two that are not negative would mean nothing
     # Ranks lie on a lattice, so distances tie; noise that is far smaller than its steps decides, the same for every pair.
     maps = maps + TIE_BREAK * np.random.default_rng(seed).standard_normal(maps.shape)
     coordinates = maps.transpose(0, 2, 1).reshape(-1, samples)

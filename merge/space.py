@@ -170,18 +170,23 @@ class Coefficients:
     def starts(self) -> dict[str, torch.Tensor]:
         mixed = [row for row in self.rows if row.mixed]
         kept = [row.base for row in mixed]
-        found = {"dropped": self._one_hot(mixed, kept)}
+        found = {"dropped": self._one_hot(mixed, kept, kept)}
         for i, row in enumerate(mixed):
             for layer in row.layers:
                 if layer != row.base:
-                    found[f"layer {layer} in the place of {row.base}"] = self._one_hot(
-                        mixed, [*kept[:i], layer, *kept[i + 1 :]]
-                    )
+                    name = f"layer {layer} in the place of {row.base}"
+                    chosen = [*kept[:i], layer, *kept[i + 1 :]]
+                    found[name] = self._one_hot(mixed, chosen, chosen)
+                    if any(GROUPS[group] == "norm" for group in self.groups):  # often better: they fit what comes from below
+                        found[f"{name}, norms of {row.base}"] = self._one_hot(mixed, chosen, kept)
         return found
 
-    def _one_hot(self, rows: Sequence[RowSpec], chosen: Sequence[int]) -> torch.Tensor:
+    def _one_hot(self, rows: Sequence[RowSpec], chosen: Sequence[int], norms: Sequence[int]) -> torch.Tensor:
         values = [
-            float(layer == one) for row, one in zip(rows, chosen, strict=True) for _ in self.groups for layer in row.layers
+            float(layer == (two if GROUPS[group] == "norm" else one))
+            for row, one, two in zip(rows, chosen, norms, strict=True)
+            for group in self.groups
+            for layer in row.layers
         ]
         return torch.tensor(values)
 

@@ -27,7 +27,7 @@ TEXT_OBJECTIVES = ("nll", "perplexity")
 # What may differ between the workers of a study, and between a run and the one that resumes it.
 NOT_SETTINGS = (
     *("storage", "resume", "trials", "out", "overwrite", "device", "batch_size", "verbose", "quiet", "steps", "refine"),
-    *("learning_rate", "states", "control", "no_others", "slices", "no_plots"),
+    *("learning_rate", "start", "states", "control", "no_others", "slices", "no_plots"),
 )
 EXAMPLES = """\
   python scripts/search_alphas.py --model M --alphas alphas/base.json --data-dir MMLU --text train.txt --out found
@@ -57,6 +57,7 @@ def options() -> argparse.ArgumentParser:
     )
     how.add_argument("--steps", type=int, default=80, metavar="N", help="gradient steps from each start (default: 80)")
     how.add_argument("--refine", type=int, default=3, metavar="N", help="starts that gradients go on from (default: 3)")
+    how.add_argument("--start", default="", metavar="TEXT", help="only starts with this in their name (default: all)")
     how.add_argument("--learning-rate", type=float, default=0.03, metavar="X", help="default: 0.03")
     how.add_argument("--trials", type=int, default=100, metavar="N", help="complete trials of gp or tpe (default: 100)")
     how.add_argument(
@@ -96,7 +97,7 @@ def main(arguments: argparse.Namespace) -> None:
     wants_questions = arguments.target != "text"
     source = find_source(arguments)
     checkpoint = source.checkpoint()
-    controls = {path.stem: read_plan(path) for path in arguments.control}
+    controls = _controls(arguments.control, checkpoint)
     subjects, others = [], []
     if wants_questions:
         wanted = _subjects(arguments.objective)
@@ -112,8 +113,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.method != "gradient":  # a study that cannot be gone on with is refused before the model is run
         from merge.search import open_study
 
-        settings = {key: str(value) for key, value in vars(arguments).items() if key not in NOT_SETTINGS}
-        study = open_study(arguments.storage, arguments.name, settings, resume=arguments.resume)
+        study = open_study(arguments.storage, arguments.name, _settings(arguments), resume=arguments.resume)
 
     from eval.search import make_problem
     from eval.search_report import others_line, summary, table, verdict
@@ -138,7 +138,8 @@ def main(arguments: argparse.Namespace) -> None:
     logging.info("hidden states of %s tokens, %.2f GB", f"{problem.num_tokens:,}", problem.nbytes / 1e9)
 
     started = time.perf_counter()
-    candidates, trials, new = _search(arguments, space, problem, weights, start, study)
+    settings = _settings(arguments) | {"run in": placement.dtype, "parameters": " ".join(space.names)}
+    candidates, trials, new = _search(arguments, space, problem, weights, start, study, settings)
     searched = time.perf_counter() - started
     if not candidates:
         raise DataError("no trial met the limit; raise --max-perplexity or search longer")
@@ -151,6 +152,7 @@ def main(arguments: argparse.Namespace) -> None:
     plans |= {"dropped": start.dropped()}
     plans["drop-last"] = plan_from_method("drop-last", start.num_hidden_layers, start.num_hidden_layers - len(start.rows))
     plans |= {**controls, "found": plan}
+    _write_plan(arguments, plan, space, trials)  # before anything else can go wrong
     measured = {}
     for name, one in plans.items():
         try:
@@ -166,7 +168,7 @@ def main(arguments: argparse.Namespace) -> None:
         "capture_s": round(captured, 2), "search_s": round(searched, 2), "tokens_cached": problem.num_tokens,
         "bytes_cached": problem.nbytes, **summary(measured), "verdict": verdict(measured, list(weights)),
     }  # fmt: skip
-    _write(arguments, source, plan, space, trials, report)
+    _write(arguments, source, plan, report)
     if not arguments.no_plots:
         _draw(arguments, space, problem, weights, selected, trials, {name: one for name, one in plans.items() if one})
     print(
@@ -199,6 +201,22 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{name} needs --text FILE or --dataset NAME")
     if arguments.target == "acc" and arguments.method == "gradient":
         raise UsageError("accuracy has no gradient; use --method gp or tpe, or another --target")
+    if (arguments.resume or arguments.storage) and arguments.method == "gradient":
+        raise UsageError("--storage and --resume are of studies; use --method gp or tpe")
+    if arguments.resume and not arguments.storage:
+        raise UsageError("--resume needs --storage")
+    if arguments.text_batch and arguments.method != "gradient":
+        raise UsageError("--text-batch is for --method gradient")
+    if arguments.target == "text":
+        if arguments.objective not in ("average", *TEXT_OBJECTIVES):
+            raise UsageError(
+                f"--target text asks no questions, so --objective {arguments.objective} says nothing; leave it out"
+            )
+        arguments.objective = "perplexity"
+    if arguments.space == "alphas" and (arguments.remove or arguments.greedy):
+        raise UsageError("--remove and --greedy say which layers go but not into which; use --space coefficients")
+    if arguments.slices < 0:
+        raise UsageError(f"--slices is {arguments.slices}, expected at least 0")
     if arguments.max_perplexity is not None and not arguments.max_perplexity > 1.0:
         raise UsageError(f"--max-perplexity is {arguments.max_perplexity}, expected more than 1")
     names = ("steps", "refine", "trials", "limit", "num_fewshot", "text_tokens", "text_window", "text_batch", "greedy")
@@ -215,8 +233,6 @@ def _space(arguments: argparse.Namespace, start: Plan, checkpoint: Any) -> Any:
     layers, names = checkpoint.num_hidden_layers, list(checkpoint.layers[0])
     space: Any
     if (arguments.space or ("alphas" if start.steps else "coefficients")) == "alphas":
-        if not start.steps:
-            raise UsageError("--remove and --greedy say which layers go but not into which; use --space coefficients")
         space = Alphas(start.steps, layers, groups_of(names, norms=False))
         logging.warning(
             "%d alphas, of which about %.1f matter at the start (effective dimensions)",
@@ -232,7 +248,13 @@ def _space(arguments: argparse.Namespace, start: Plan, checkpoint: Any) -> Any:
 
 
 def _search(
-    arguments: argparse.Namespace, space: Any, problem: Any, weights: dict[str, float], start: Plan, study: Any
+    arguments: argparse.Namespace,
+    space: Any,
+    problem: Any,
+    weights: dict[str, float],
+    start: Plan,
+    study: Any,
+    settings: dict[str, str],
 ) -> tuple[list[Any], list[Any], int]:
     """(candidates, all trials, how many of them are new)."""
     import torch
@@ -259,17 +281,36 @@ def _search(
                 refine=arguments.refine,
                 learning_rate=arguments.learning_rate,
                 extra_starts={"the start's alphas": own} if len(own) == len(space.names) else {},
+                only=arguments.start,
                 progress=progress,
             )
-            if limit is not None:
-                found = [one for one in found if problem.text_nll(problem.tail_of(space, one.x), "search") <= limit]
             return found, trials, len(trials)
         bar.update(len(study_trials(space, study)))
         found = study_search(
             space, lambda x: problem.limited(space, x, weights, limit), study,
-            method=arguments.method, trials=arguments.trials, seed=arguments.seed, progress=progress,
+            method=arguments.method, trials=arguments.trials, seed=arguments.seed, settings=settings, progress=progress,
         )  # fmt: skip
-    return found, study_trials(space, study), len(trials)
+    complete = study_trials(space, study)
+    if len(complete) < arguments.trials:
+        logging.warning("%d of %d trials have a value; the others gave none", len(complete), arguments.trials)
+    return found, complete, len(trials)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """What all workers of a study must have alike."""
+    return {key: str(value) for key, value in vars(arguments).items() if key not in NOT_SETTINGS}
+
+
+def _controls(paths: list[Path], checkpoint: Any) -> dict[str, Plan]:
+    """Plans to report beside, by folder and name; one that does not fit the model is refused before any work is done."""
+    from merge.blueprint import make_blueprint
+
+    found = {}
+    for path in paths:
+        plan = read_plan(path)
+        make_blueprint(plan, checkpoint, allow_mixed_attention=True)
+        found[str(path.with_suffix(""))] = plan
+    return found
 
 
 def _start(arguments: argparse.Namespace, layers: int) -> Plan:
@@ -308,15 +349,21 @@ def _subjects(objective: str) -> list[str]:
     return [] if objective == "average" else list(GROUPS.get(objective, (objective,)))
 
 
-def _write(
-    arguments: argparse.Namespace, source: Any, plan: Plan, space: Any, trials: list[Any], report: dict[str, Any]
-) -> None:
-    """plan.json, alphas.json where there are alphas, trials.csv, and search.json, which comes last."""
-    from eval.results import write_whole
+def _write_plan(arguments: argparse.Namespace, plan: Plan, space: Any, trials: list[Any]) -> None:
+    """plan.json and trials.csv; what an earlier search left in the folder goes."""
     from eval.search_report import write_plan, write_trials
 
     arguments.out.mkdir(parents=True, exist_ok=True)
+    for name in ("search.json", "alphas.json", "plots/alphas.png", "plots/alphas.csv", "plots/slices.png", "plots/slices.csv"):
+        (arguments.out / name).unlink(missing_ok=True)
     write_plan(arguments.out / "plan.json", plan)
+    write_trials(arguments.out / "trials.csv", space.names, trials)
+
+
+def _write(arguments: argparse.Namespace, source: Any, plan: Plan, report: dict[str, Any]) -> None:
+    """alphas.json where there are alphas, and search.json, which comes last."""
+    from eval.results import write_whole
+
     if plan.steps:
         keys = ("target", "objective", "method", "seed", "split", "trials", "loss")
         provenance = {key: report[key] for key in keys} | {
@@ -325,9 +372,6 @@ def _write(
         }
         found = AlphasFile(plan.steps, plan.name, source.spec, plan.num_hidden_layers, provenance)
         write_whole(arguments.out / "alphas.json", json.dumps(alphas_to_dict(found), indent=2) + "\n")
-    else:
-        (arguments.out / "alphas.json").unlink(missing_ok=True)  # of an earlier search, in another space
-    write_trials(arguments.out / "trials.csv", space.names, trials)
     write_whole(arguments.out / "search.json", json.dumps(report, indent=2) + "\n")
 
 

@@ -79,8 +79,10 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError("--compat is for --method mka")
     if arguments.window < 2:
         raise UsageError(f"--window is {arguments.window}, expected at least 2")
-    if arguments.out.exists() and not arguments.overwrite:
-        raise UsageError(f"{arguments.out} exists; give --overwrite, or another --out")
+    pictures = [] if arguments.no_plots else [arguments.out.with_suffix(".png"), arguments.out.with_suffix(".csv")]
+    for path in (arguments.out, *pictures):
+        if path.exists() and not arguments.overwrite:
+            raise UsageError(f"{path} exists; give --overwrite, or another --out")
     source = find_source(arguments)
     total = source.checkpoint().num_hidden_layers
     if not 1 <= arguments.layers < total:
@@ -130,7 +132,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def _texts(arguments: argparse.Namespace) -> list[str]:
-    """Calibration texts: questions, pieces of a text, or the beginnings of a data set's texts; as a whole for sleb."""
+    """Calibration texts: questions, or pieces of a text or of a data set's texts; the whole for sleb."""
     if not has_text(arguments):
         from eval.activations import question_texts
 

@@ -1,5 +1,6 @@
 """Spaces say what they mean, and searches find what was planted."""
 
+import math
 import os
 import signal
 import subprocess
@@ -52,8 +53,12 @@ def test_coefficients_make_the_same_plan():
     assert plan.rows[0].is_unit
     gemma = Coefficients(rows, 4, ("input_layernorm",), "gemma2")
     assert sum(gemma.plan([0.3, 0.3], "x").rows[1].groups["input_layernorm"].values()) == pytest.approx(1.0)
-    starts = [space.plan(x.tolist(), name).rows[1].groups["mlp.up_proj"] for name, x in space.starts().items()]
-    assert starts == [{1: 1.0}, {2: 1.0}]
+    starts = {name: space.plan(x.tolist(), name).rows[1].groups for name, x in space.starts().items()}
+    assert starts == {
+        "dropped": {"mlp.up_proj": {1: 1.0}, "input_layernorm": {1: 1.0}},
+        "layer 2 in the place of 1": {"mlp.up_proj": {2: 1.0}, "input_layernorm": {2: 1.0}},
+        "layer 2 in the place of 1, norms of 1": {"mlp.up_proj": {2: 1.0}, "input_layernorm": {1: 1.0}},
+    }
 
 
 def test_windows_share_out_the_dropped_layers():
@@ -127,7 +132,7 @@ def test_gradient_recovers_planted_coefficients(problem):
     space = Coefficients(rows, 32, ("self_attn.v_proj", "mlp.down_proj", "post_attention_layernorm"), "llama")
     goal = [0.7, 0.2, -0.3, 0.1, 0.9, 0.4, 0.8, 0.1, 0.1]
     trials = []
-    found = gradient_search(space, problem(space, goal), steps=150, refine=1, learning_rate=0.05, progress=trials.append)
+    found = gradient_search(space, problem(space, goal), steps=300, refine=1, learning_rate=0.05, progress=trials.append)
     assert found[0].x[:6] == pytest.approx(goal[:6], abs=0.05)
     # Norms of neighbours point almost the same way, so only the sum of their coefficients can be told.
     assert sum(max(c, 0.0) for c in found[0].x[6:]) == pytest.approx(1.0, abs=0.05)
@@ -164,7 +169,7 @@ def test_resumed_is_the_same_as_uninterrupted(tmp_path):
         url = f"sqlite:///{tmp_path / name}.db"
         for trials in parts:
             study = open_study(url, "s", {"a": 1}, resume=trials != parts[0])
-            study_search(alphas_space(), quadratic, study, method="gp", trials=trials)
+            study_search(alphas_space(), quadratic, study, method="gp", trials=trials, settings={"a": 1})
         values.append([trial.params for trial in study.get_trials()])
     assert values[0] == values[1]
     with pytest.raises(SearchError, match="give --resume"):
@@ -173,6 +178,36 @@ def test_resumed_is_the_same_as_uninterrupted(tmp_path):
         open_study(url, "s", {"a": 2}, resume=True)
     with pytest.raises(SearchError, match="cannot be opened"):
         open_study("nonsense://x", "s", {}, resume=False)
+
+
+def test_points_beyond_a_limit_are_not_kept():
+    """Gradients may pass through them; what is kept holds the limit, and nothing is kept where nothing does."""
+
+    def loss(x):
+        return ((x - 0.3) ** 2).sum() + 10 * torch.relu(0.5 - x[0]), float(0.5 - x[0].detach())
+
+    trials = []
+    (found,) = gradient_search(alphas_space(), loss, steps=60, refine=1, progress=trials.append)
+    assert found.x[0] >= 0.5
+    assert found.loss == min(trial.loss for trial in trials if trial.over <= 0 and trial.start == found.start)
+    assert gradient_search(alphas_space(), lambda x: ((x**2).sum(), 1.0), steps=2, refine=2) == []
+    with pytest.raises(SearchError, match="no start has 'nothing' in its name; there are: only layer 29"):
+        gradient_search(alphas_space(), loss, steps=1, only="nothing")
+
+
+@pytest.mark.parametrize("method", ["gp", "tpe"])
+def test_trials_without_a_number_do_not_stop_a_study(method):
+    """Nor is the same point drawn again and again."""
+    tried = []
+
+    def loss(x):
+        tried.append(tuple(x.tolist()))
+        value = quadratic(x)[0]
+        return (value, math.nan) if x[1] > 0.8 else (math.nan if x[0] > 0.8 else value, 0.0)
+
+    found = study_search(alphas_space(), loss, open_study(None, "nan", {}, resume=False), method=method, trials=15)
+    assert all(math.isfinite(one.loss) for one in found)
+    assert len(set(tried)) == len(tried)
 
 
 def test_a_journal_file_is_a_storage(tmp_path):

@@ -8,11 +8,22 @@ import sys
 import numpy as np
 import pytest
 from test_mmlu import write_archive
-from tiny import ROOT
+from tiny import ROOT, tiny_source
 
 from eval.mmlu import SUBJECTS
-from eval.objective import PARTS, scores, split_questions
-from eval.search_report import table
+from eval.load import load_model
+from eval.objective import (
+    PARTS,
+    Encoded,
+    Part,
+    capture_questions,
+    capture_text,
+    measure,
+    scores,
+    split_questions,
+)
+from eval.search_report import table, verdict
+from eval.trial import LayerWeights, Tail
 
 
 @pytest.fixture
@@ -34,12 +45,57 @@ def run(tmp_path, tiny_cache):
     return call
 
 
+def test_repeated_windows_and_questions_count_as_often_as_they_are(tiny_cache):
+    """Equal inputs are run once; the mean is over what was asked."""
+    lm, _ = load_model(tiny_source("llama3-8b", tiny_cache).checkpoint(), "cpu", "float32", self_check=False)
+    tail = Tail(lm)
+    windows = [[5, 6, 7, 8], [1, 2, 3], [5, 6, 7, 9], [5, 6, 7, 8]]
+    layers = [LayerWeights(31, {})]
+    found = measure(tail, layers, Part(None, capture_text(tail, windows, 31)))["text"]
+    alone = [measure(tail, layers, Part(None, capture_text(tail, [one], 31)))["text"] for one in windows]
+    np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-5)
+    encoded = Encoded((("a", 0), ("a", 1), ("a", 2)), ((1, 2, 3), (4, 5), (1, 2, 3)), (0, 1, 2), (65, 66, 67, 68))
+    questions = measure(tail, layers, Part(capture_questions(tail, encoded, 31), ()))
+    one, _, other = questions["ce"]
+    assert one != other  # the same prompt, another right letter
+    np.testing.assert_allclose(questions["kl"], 0.0, atol=1e-5)
+
+
+def numbers(**values):
+    return {"held-out": {name: np.array(one, dtype=float) for name, one in values.items()}}
+
+
+@pytest.mark.parametrize(
+    ("found", "control", "said"),
+    [
+        (numbers(kl=[0.1, 0.2] * 9), numbers(kl=[1.1, 1.25] * 9), "kl -1.0250 nats [-1.0379, -1.0121] against dropped, better"),
+        (numbers(kl=[1.0, 0.2] * 9), numbers(kl=[0.1, 1.1] * 9), "no difference shown: nothing was found"),
+        (numbers(kl=[2.0, 2.2] * 9), numbers(kl=[1.1, 1.2] * 9), "worse: nothing was found"),
+        (numbers(kl=[0.1] * 9), numbers(kl=[np.nan] * 9), "where no control has a number"),
+        (numbers(kl=[np.nan] * 9), numbers(kl=[1.0] * 9), "not a number, so nothing was found"),
+        (numbers(kl=[0.1]), numbers(kl=[0.2]), "too few values for an interval"),
+        (numbers(text=[1.0]), numbers(text=[2.0]), "kl: nothing was held out"),
+        (numbers(acc=[1, 1, 1]), numbers(acc=[0, 0, 0]), "acc +1.0000 [+1.0000, +1.0000] against dropped, no difference shown"),
+        (numbers(acc=[1] * 9), numbers(acc=[0] * 9), "against dropped, better"),
+    ],
+)
+def test_the_verdict_claims_no_more_than_is_shown(found, control, said):
+    term = "acc" if "acc" in found["held-out"] else "kl"
+    assert said in verdict({"original": control, "dropped": control, "found": found}, [term])
+
+
+def test_a_control_without_a_number_is_not_the_best_one():
+    measured = {"start": numbers(kl=[np.nan] * 9), "dropped": numbers(kl=[3.0, 3.1] * 9), "found": numbers(kl=[2.0, 2.2] * 9)}
+    assert "against dropped, better" in verdict(measured, ["kl"])
+
+
 def test_unknown_errors_are_not_numbers_in_json():
     found = scores({"kl": np.array([0.5]), "text": np.array([1.0, 2.0])})
     assert found["kl"]["low"] is None
     assert found["perplexity"]["high"] is None
     assert "NaN" not in json.dumps(found)
     assert "+-" not in table({"scores": {"found": {"held-out": found}}})
+    assert table({"scores": {"found": {"held-out": scores({"kl": np.array([np.nan] * 3)})}}}).endswith("not a number")
 
 
 def test_alphas_by_gradient_then_merge(run, tmp_path):
@@ -73,7 +129,22 @@ def test_alphas_by_gradient_then_merge(run, tmp_path):
 
 
 def test_coefficients_for_dropped_layers(run, tmp_path):
-    run("search_alphas", *run.common, "--remove", "5,17", "--target", "text", "--steps", 4, "--refine", 1, "--out", "found")
+    run(
+        "search_alphas",
+        *run.common,
+        "--remove",
+        "5,17",
+        "--target",
+        "text",
+        "--steps",
+        4,
+        "--refine",
+        1,
+        "--out",
+        "found",
+        "--objective",
+        "nll",
+    )
     plan = json.loads((tmp_path / "found" / "plan.json").read_text())
     assert len(plan["rows"]) == 30
     assert set(plan["rows"][4]["groups"]) >= {"mlp.up_proj", "input_layernorm"}
@@ -113,7 +184,9 @@ def test_greedy_removal_then_coefficients(run, tmp_path):
     assert not (tmp_path / "found" / "plots").exists()
     control = ("--control", "found/plan.json", "--out", "again", "--no-plots")
     run("search_alphas", *common, "--remove", "1", "--objective", "nll", "--steps", 1, "--refine", 1, *control)
-    assert "plan" in json.loads((tmp_path / "again" / "search.json").read_text())["scores"]
+    assert "found/plan" in json.loads((tmp_path / "again" / "search.json").read_text())["scores"]
+    other = ("--model", "tiny:llama3.2-1b", *common[2:], "--layers", 1, "--objective", "nll", *control)
+    assert "32" in run("search_alphas", *other, status=1).stderr  # the plan is of a model with so many layers
 
 
 def test_parts_share_out_every_subject():
@@ -143,6 +216,13 @@ def test_small_subjects_are_in_every_part(count, sizes):
         (["--remove", "77"], 1, "there is no layer 77"),
         (["--layers", "2", "--objective", "nll", "--target", "kl"], 2, "leave --target kl out"),
         (["--layers", "2", "--max-perplexity", "0.5"], 2, "expected more than 1"),
+        (["--layers", "2", "--resume"], 2, "use --method gp or tpe"),
+        (["--layers", "2", "--method", "gp", "--resume"], 2, "--resume needs --storage"),
+        (["--layers", "2", "--method", "gp", "--text-batch", "9"], 2, "--text-batch is for --method gradient"),
+        (["--layers", "2", "--target", "text"], 2, "leave --objective anatomy out"),
+        (["--layers", "2", "--slices", "-1"], 2, "--slices is -1"),
+        (["--layers", "2", "--text-window", "1"], 1, "expected at least 2 tokens"),
+        (["--layers", "2", "--start", "nowhere", "--no-others"], 1, "no start has 'nowhere' in its name"),
         (["--greedy", "32"], 1, "cannot remove 32 of 32"),
         (["--layers", "2", "--control", "nowhere.json"], 1, "nowhere.json"),
         (["--layers", "2", "--steps", "0"], 2, "--steps is 0"),
