@@ -109,7 +109,7 @@ def search_history(path: Path, trials: Sequence[Trial], what: str) -> None:
     losses = [trial.loss for trial in trials if math.isfinite(trial.loss)]
     if losses and min(losses) > 0:
         ax.set_yscale("log")
-    ax.set(xlabel="trial", ylabel=f"{what}, on the search part", title="Loss of every trial")
+    ax.set(xlabel="trial", ylabel=what, title="Loss of every trial")
     ax.legend(frameon=False, fontsize=8)
     rows = ((i, t.start, t.step, t.loss, t.over, b) for i, (t, b) in enumerate(zip(trials, line, strict=True)))
     save(figure, path, ("trial", "start", "step", "loss", "over_limit", "best"), rows)

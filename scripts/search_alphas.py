@@ -389,7 +389,8 @@ def _draw(
     from merge.search import slices
 
     folder, what = arguments.out / "plots", f"loss ({arguments.target})"
-    plots.search_history(folder / "history.png", trials, what)
+    part = "of one batch of text each" if arguments.text_batch else "on the search part"
+    plots.search_history(folder / "history.png", trials, f"{what}, {part}")
     plots.mixtures(folder / "mixture.png", plans["found"])
     if plans["found"].steps:
         plots.alphas_by_step(folder / "alphas.png", {name: plan for name, plan in plans.items() if plan.steps})
