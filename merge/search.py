@@ -75,11 +75,10 @@ def gradient_search(
     Raises:
         SearchError: no start has that name.
     """
-    starts = {name: x for name, x in {**space.starts(), **(extra_starts or {})}.items() if only in name}
+    everything = {**space.starts(), **(extra_starts or {})}
+    starts = {name: x for name, x in everything.items() if only in name}
     if not starts:
-        raise SearchError(
-            f"no start has {only!r} in its name; there are: {', '.join({**space.starts(), **(extra_starts or {})})}"
-        )
+        raise SearchError(f"no start has {only!r} in its name; there are: {', '.join(everything)}")
     with torch.no_grad():
         first = {}
         for name, x in starts.items():
@@ -151,11 +150,12 @@ def study_search(
     library = importlib.import_module("optuna")
     low, high = space.bounds
     names = {name: i for i, name in enumerate(space.names)}
+    starts = list(space.starts().values())
     complete = (library.trial.TrialState.COMPLETE,)
 
     def objective(trial: "optuna.Trial") -> float:
         x = torch.tensor([trial.suggest_float(name, low, high) for name in names])
-        if sampler.place < len(space.starts()):
+        if sampler.place < len(starts):
             trial.set_user_attr(GIVEN, True)
         value, over = loss(x)
         progress(Trial("", trial.number, tuple(x.tolist()), value, over))
@@ -164,7 +164,7 @@ def study_search(
         trial.set_constraint(LIMIT, over)
         return value
 
-    study.sampler = sampler = _sampler(library, method, seed, list(space.starts().values()), names, (low, high))
+    study.sampler = sampler = _sampler(library, method, seed, starts, names, (low, high))
     count = len(study.get_trials(deepcopy=False, states=complete))
     tried = 0
     while count < trials and tried < 10 * trials:

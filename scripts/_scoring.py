@@ -17,6 +17,7 @@ from merge.source import Source
 
 if TYPE_CHECKING:
     from eval.lm import PrefixLM
+    from eval.search import Removal
 
 
 def add_run_options(result: argparse.ArgumentParser) -> None:
@@ -53,6 +54,19 @@ def read_texts(arguments: argparse.Namespace, characters: int) -> list[str]:
         return [plain_text(arguments.text)]
     how = (arguments.dataset_config, arguments.dataset_split, arguments.text_column)
     return dataset_texts(arguments.dataset, *how, characters)
+
+
+def removed_greedily(arguments: argparse.Namespace, lm: "PrefixLM", text: str, layers: int) -> "list[Removal]":
+    """What greedy removal takes away, by the first --text-tokens of a text in windows of --text-window."""
+    from eval.objective import text_windows
+    from eval.search import greedy_removal
+    from eval.trial import Tail
+
+    tail = Tail(lm)
+    windows = text_windows(lm, text, [arguments.text_tokens, 0, 0], arguments.text_window)["search"]
+    trials = sum(len(tail.layers) - step for step in range(layers))
+    with counter("removing greedily", "trial", trials, arguments.quiet) as bar:
+        return greedy_removal(tail, windows, layers, bar.update)
 
 
 def find_source(arguments: argparse.Namespace) -> Source:

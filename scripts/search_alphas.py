@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, add_text_options, check_positive, counter, find_source, has_text, load, read_texts
+from _scoring import (
+    add_run_options,
+    add_text_options,
+    check_positive,
+    counter,
+    find_source,
+    has_text,
+    load,
+    read_texts,
+    removed_greedily,
+)
 
 from eval.errors import DataError, TrialError
 from eval.mmlu import ARCHIVE_NAMES, GROUPS, SUBJECTS, read_mmlu
@@ -18,7 +28,8 @@ from merge.alphas import Alphas as AlphasFile
 from merge.alphas import alphas_to_dict, plan_from_alphas, read_alphas
 from merge.errors import PlanError
 from merge.methods import plan_dropping, plan_from_method
-from merge.plan import Plan, chain, compose, read_plan
+from merge.plan import Plan, read_plan
+from merge.similarity import fold_top
 
 METHOD_CHOICES = ("gradient", "gp", "tpe")
 TARGET_CHOICES = ("kl+text", "kl", "ce", "text", "ce+text", "acc")
@@ -320,8 +331,7 @@ def _start(arguments: argparse.Namespace, layers: int) -> Plan:
     if arguments.layers is not None:
         if not 1 <= arguments.layers < layers:
             raise PlanError(f"cannot remove {arguments.layers} of {layers} layers; expected 1 to {layers - 1}")
-        steps = chain([0.5] * arguments.layers, layers)
-        return Plan(compose(steps, layers), layers, name=f"top-{arguments.layers}", method="alphas", steps=steps)
+        return fold_top([0.5] * arguments.layers, layers, f"top-{arguments.layers}")
     try:
         removed = [int(one) for one in arguments.remove.split(",")]
     except ValueError as error:
@@ -331,17 +341,12 @@ def _start(arguments: argparse.Namespace, layers: int) -> Plan:
 
 def _greedy(arguments: argparse.Namespace, lm: Any, text: str, layers: int) -> Plan:
     """The plan that greedy removal finds on the part of the text that is searched on."""
-    from eval.objective import text_windows
-    from eval.search import greedy_removal
-    from eval.trial import Tail
+    from eval.stats import perplexity
 
     if arguments.greedy >= layers:
         raise PlanError(f"cannot remove {arguments.greedy} of {layers} layers; expected 1 to {layers - 1}")
-    windows = text_windows(lm, text, [arguments.text_tokens, 0, 0], arguments.text_window)["search"]
-    trials = sum(layers - step for step in range(arguments.greedy))
-    with counter("removing greedily", "trial", trials, arguments.quiet) as bar:
-        removed = greedy_removal(Tail(lm), windows, arguments.greedy, bar.update)
-    print("removed, in this order: " + ", ".join(f"{one.layer} (perplexity {math.exp(one.nll):.4g})" for one in removed))
+    removed = removed_greedily(arguments, lm, text, arguments.greedy)
+    print("removed, in this order: " + ", ".join(f"{one.layer} (perplexity {perplexity(one.nll):.4g})" for one in removed))
     return plan_dropping([one.layer for one in removed], layers)
 
 

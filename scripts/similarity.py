@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, add_text_options, check_positive, counter, find_source, has_text, load, read_texts
+from _scoring import (
+    add_run_options,
+    add_text_options,
+    check_positive,
+    counter,
+    find_source,
+    has_text,
+    load,
+    read_texts,
+    removed_greedily,
+)
 
 from eval.errors import DataError
 from eval.mmlu import SUBJECTS, read_mmlu
@@ -183,20 +193,12 @@ def _write(arguments: argparse.Namespace, source: Any, plan: Plan, provenance: d
 
 def _greedy(arguments: argparse.Namespace, lm: Any, texts: list[str]) -> Plan:
     """The plan that greedy removal finds, with what each step costs."""
-    from eval.objective import text_windows
-    from eval.search import greedy_removal
     from eval.stats import perplexity
-    from eval.trial import Tail
 
-    tail = Tail(lm)
-    total = len(tail.layers)
-    windows = text_windows(lm, texts[0], [arguments.text_tokens, 0, 0], arguments.text_window)["search"]
-    trials = sum(total - step for step in range(arguments.layers))
-    with counter("removing", "trial", trials, arguments.quiet) as bar:
-        removed = greedy_removal(tail, windows, arguments.layers, bar.update)
+    removed = removed_greedily(arguments, lm, texts[0], arguments.layers)
     for one in removed:
         print(f"without layer {one.layer:3}: perplexity {perplexity(one.nll):.4g}")
-    return plan_dropping([one.layer for one in removed], total)
+    return plan_dropping([one.layer for one in removed], len(lm.model.get_decoder().layers))
 
 
 def _laco(arguments: argparse.Namespace, lm: Any, texts: list[str], source: Any) -> Plan:
