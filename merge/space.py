@@ -28,11 +28,12 @@ class RowSpec:
 
     base: int
     layers: tuple[int, ...]
+    scaled: bool = False  # search also where there is nothing to mix in: the layer's own tensors get coefficients
 
     @property
     def mixed(self) -> bool:
         """Whether anything of this row is searched."""
-        return self.layers != (self.base,)
+        return self.scaled or self.layers != (self.base,)
 
 
 Mixes = list[dict[str, torch.Tensor]]  # one per mixed row
@@ -191,10 +192,11 @@ class Coefficients:
         return torch.tensor(values)
 
 
-def windows(plan: Plan, reach: int | None = None) -> tuple[RowSpec, ...]:
+def windows(plan: Plan, reach: int | None = None, *, scale_kept: bool = False) -> tuple[RowSpec, ...]:
     """For a plan that drops layers: each kept layer may mix in the dropped ones that lie between it and the next kept one.
 
-    Those below the first kept layer go to it. `reach` limits how many.
+    Those below the first kept layer go to it. `reach` limits how many. With `scale_kept`, kept layers that have nothing to
+    mix in get coefficients for their own tensors, from the first gap on: below it hidden states stay what they were.
 
     Raises:
         PlanError: the rows are not in the order of the layers.
@@ -203,11 +205,12 @@ def windows(plan: Plan, reach: int | None = None) -> tuple[RowSpec, ...]:
     if kept != sorted(set(kept)):
         raise PlanError("rows must be different layers in their order")
     ends = [*kept[1:], plan.num_hidden_layers]
-    rows = []
+    rows: list[RowSpec] = []
     for i, (base, end) in enumerate(zip(kept, ends, strict=True)):
         below = range(0 if i == 0 else base, base)
         above = range(base + 1, end if reach is None else min(end, base + 1 + reach))
-        rows.append(RowSpec(base, (*below, base, *above)))
+        scaled = scale_kept and any(row.mixed for row in rows)
+        rows.append(RowSpec(base, (*below, base, *above), scaled))
     return tuple(rows)
 
 

@@ -58,6 +58,7 @@ def options() -> argparse.ArgumentParser:
     what.add_argument("--greedy", type=int, metavar="N", help="the same with N layers chosen greedily by --text first (SLEB)")
     how = result.add_argument_group("search")
     how.add_argument("--space", choices=("alphas", "coefficients"), help="default: alphas; else coefficients")
+    how.add_argument("--scale-kept", action="store_true", help="coefficients also for kept layers with nothing to mix in")
     how.add_argument("--no-norms", action="store_true", help="coefficients for matrices only")
     how.add_argument("--method", choices=METHOD_CHOICES, default="gradient", help="default: gradient")
     how.add_argument("--target", choices=TARGET_CHOICES, help="what is minimised (default: kl+text; text for nll, perplexity)")
@@ -226,6 +227,8 @@ def _check(arguments: argparse.Namespace) -> None:
         arguments.objective = "perplexity"
     if arguments.space == "alphas" and (arguments.remove or arguments.greedy):
         raise UsageError("--remove and --greedy say which layers go but not into which; use --space coefficients")
+    if arguments.scale_kept and not (arguments.remove or arguments.greedy):
+        raise UsageError("--scale-kept goes with --remove or --greedy; --alphas and --layers say themselves what is mixed")
     if arguments.slices < 0:
         raise UsageError(f"--slices is {arguments.slices}, expected at least 0")
     if arguments.max_perplexity is not None and not arguments.max_perplexity > 1.0:
@@ -251,7 +254,7 @@ def _space(arguments: argparse.Namespace, start: Plan, checkpoint: Any) -> Any:
         )  # fmt: skip
     else:
         # Where alphas are given, the same layers may mix.
-        rows = Alphas(start.steps, layers, ()).rows if start.steps else windows(start)
+        rows = Alphas(start.steps, layers, ()).rows if start.steps else windows(start, scale_kept=arguments.scale_kept)
         space = Coefficients(rows, layers, groups_of(names, norms=not arguments.no_norms), checkpoint.model_type)
     if not space.names:
         raise PlanError("nothing is removed, so there is nothing to search")

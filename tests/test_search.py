@@ -65,6 +65,9 @@ def test_windows_share_out_the_dropped_layers():
     plan = plan_dropping([0, 3, 4, 7], 8)
     assert [row.layers for row in windows(plan)] == [(0, 1), (2, 3, 4), (5,), (6, 7)]
     assert [row.layers for row in windows(plan, reach=1)] == [(0, 1), (2, 3), (5,), (6, 7)]
+    scaled = windows(plan_dropping([2, 3], 6), scale_kept=True)
+    assert [row.layers for row in scaled] == [(0,), (1, 2, 3), (4,), (5,)]
+    assert [row.mixed for row in scaled] == [False, True, True, True]  # nothing below the first gap
     with pytest.raises(PlanError, match="in their order"):
         windows(Plan(tuple(reversed(plan.rows)), 8))
 
