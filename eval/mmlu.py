@@ -6,7 +6,6 @@ by more than a point on the same answers, so both are reported by name. Prompts,
 """
 
 import csv
-import difflib
 import functools
 import hashlib
 import importlib
@@ -21,7 +20,7 @@ from typing import Any
 import lm_eval
 import yaml
 
-from .errors import DataError, short
+from .errors import DataError, near, short
 
 LETTERS = "ABCD"
 CONVENTIONS = ("lm-eval", "reference")  # how questions are shown and letters scored; see `tasks`
@@ -129,10 +128,7 @@ def read_mmlu(folder: Path | None, subjects: Sequence[str] = (), split: str = "t
     wanted = list(dict.fromkeys(subjects)) or list(SUBJECTS)
     for name in wanted:
         if name not in SUBJECTS:
-            near = difflib.get_close_matches(name, SUBJECTS, n=3, cutoff=0.4)
-            raise DataError(
-                f"there is no MMLU subject {name!r}; did you mean {', '.join(near) or 'one of ' + ', '.join(SUBJECTS)}?"
-            )
+            raise DataError(f"there is no MMLU subject {name!r}{near(name, SUBJECTS)}")
     found = _read(folder, wanted, split)
     empty = [subject.name for subject in found if not subject.test]
     if empty:

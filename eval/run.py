@@ -1,6 +1,5 @@
 """Runs an evaluation: asks MMLU subject by subject, measures text perplexity, writes a few words, runs any lm-eval task."""
 
-import difflib
 import importlib
 import importlib.metadata
 import math
@@ -14,7 +13,7 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from .errors import DataError, EvalError, short
+from .errors import DataError, EvalError, near, short
 from .lm import PrefixLM, Request, Work
 from .mmlu import Subject, check_examples, quick_and_quiet, task_config, tasks
 from .results import Answer
@@ -219,8 +218,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None = None) -> TaskMa
     manager = _Manager(include_path=str(include_path) if include_path else None)
     for name in names:
         if not manager.match_tasks([name]):
-            near = ", ".join(difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.4))
-            raise DataError(f"lm-eval has no task {name!r}" + (f"; did you mean {near}?" if near else ""))
+            raise DataError(f"lm-eval has no task {name!r}{near(name, manager.all_tasks)}")
     return manager
 
 
