@@ -238,7 +238,7 @@ def test_training_goes_on_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.arithmetic.train.CHECKPOINT_S", -1.0)
     whole = train(model, [member(model, 0)], QUICK)[0]
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     made = []
@@ -246,10 +246,10 @@ def test_training_goes_on_exactly(tmp_path, monkeypatch):
     def dying(updates):
         made.append(updates)
         if sum(made) >= 20:
-            raise Killed
+            raise KilledError
 
     path = tmp_path / "checkpoint"
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         train(model, [member(model, 0)], QUICK, checkpoint=path, progress=dying)
     resumed = []
     found = train(model, [member(model, 0)], QUICK, checkpoint=path, progress=resumed.append)[0]

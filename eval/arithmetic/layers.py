@@ -63,14 +63,14 @@ class Sequences:
 
 def linear(p: Parameters, name: str, x: torch.Tensor) -> torch.Tensor:
     """W x + b."""
-    result: torch.Tensor = functional.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
-    return result
+    y: torch.Tensor = functional.linear(x, p[f"{name}.weight"], p[f"{name}.bias"])
+    return y
 
 
 def norm(p: Parameters, name: str, x: torch.Tensor) -> torch.Tensor:
     """LayerNorm over the last dimension, with gain and shift."""
-    result: torch.Tensor = functional.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
-    return result
+    y: torch.Tensor = functional.layer_norm(x, x.shape[-1:], p[f"{name}.weight"], p[f"{name}.bias"])
+    return y
 
 
 def embed(p: Parameters, name: str, sequences: Sequences) -> torch.Tensor:
@@ -163,8 +163,9 @@ def initial(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> to
     if name in ("one", "zero"):
         return torch.full(shape, float(name == "one"))
     if name == "orthonormal":  # the longer side's columns
-        tall = torch.linalg.qr(torch.randn(max(shape), min(shape), generator=generator)).Q
-        return tall if shape[0] >= shape[1] else tall.T.contiguous()
+        tall: torch.Tensor = torch.linalg.qr(torch.randn(max(shape), min(shape), generator=generator)).Q
+        return (tall if shape[0] >= shape[1] else tall.T).contiguous()
     fan_in = int(inputs) if inputs else shape[-1]
     limit = (6 / sum(shape)) ** 0.5 if name == "xavier" else fan_in**-0.5
-    return (torch.rand(shape, generator=generator) * 2 - 1) * limit
+    uniform: torch.Tensor = torch.rand(shape, generator=generator)
+    return (uniform * 2 - 1) * limit

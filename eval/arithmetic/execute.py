@@ -1,0 +1,279 @@
+"""Makes a study's cells, in worker processes of one thread each, and keeps what is done.
+
+OUT/RUN/DATASET_SEED/log.csv               every round's losses and accuracies
+                     weights.safetensors   the trained network
+                     result.json           its metrics; written last, so that a cell is done where it exists
+OUT/RUN/definition.json                    what the run is; another definition in its place is refused
+OUT/RUN/final_info.json                    the study's own summary of a run
+"""
+
+import csv
+import io
+import json
+import math
+import multiprocessing
+import os
+import queue
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
+
+from merge.records import read_json
+
+from ..errors import StudyError, short
+from ..results import whole_file, write_whole
+from .average import average
+from .layers import Sequences
+from .models import Model, initialise, logits, num_parameters, shapes
+from .results import final_info, metrics
+from .study import OPERATIONS, Cell, Run, Study, cells, definition, needs
+from .tasks import Split, Task, generator, make_task, split
+from .train import COLUMNS, Member, Recipe, train
+
+LONG = 1000  # updates from which compiling is worth its time
+
+
+def make(study: Study, cell: Cell, out: Path, compiled: bool = False, progress: Callable[[int], None] = lambda n: None) -> Any:
+    """Trains one cell, writes its folder and returns its result.
+
+    Raises:
+        StudyError: a source is missing or is of no use.
+    """
+    run, folder = study.run(cell.run), out / cell.folder
+    task = make_task(cell.dataset, study.modulus, study.permuted)
+    member = Member(task, split_of(study, cell), cell.seed, start_of(study, cell, out, task))
+    recipe = study.recipe_of(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "checkpoint.safetensors"
+    started, used = time.perf_counter(), time.process_time()
+    (outcome,) = train(
+        run.model, [member], recipe,
+        frozen=is_source if run.mode == "frozen" else lambda name: False,
+        compiled=compiled and recipe.updates >= LONG, checkpoint=checkpoint, progress=progress,
+    )  # fmt: skip
+    result = {
+        "run": cell.run, "dataset": cell.dataset, "seed": cell.seed, "updates": recipe.updates,
+        **metrics(outcome.log, recipe.updates), "diverged_at": outcome.diverged_at,
+        "parameters": num_parameters(run.model, task), "trained_parameters": trained_parameters(run, task),
+        "gflop_per_update": flops_per_update(run, task, recipe) / 1e9,
+        "time_s": round(time.perf_counter() - started, 2), "cpu_s": round(time.process_time() - used, 2),
+        "torch": torch.__version__,
+    }  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows([["" if math.isnan(x) else repr(x) for x in row] for row in outcome.log.tolist()])
+    write_whole(folder / "log.csv", text.getvalue())
+    with whole_file(folder / "weights.safetensors") as scratch:
+        save_file(outcome.weights, scratch)
+    write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def is_source(name: str) -> bool:
+    """Whether a parameter is of a source rather than of what fuses them."""
+    return name.startswith("s") and name[1 : name.find(".")].isdigit()
+
+
+def split_of(study: Study, cell: Cell) -> Split:
+    """The pairs of a cell: by data set and seed alone; one operation's are those of the whole split that have its operator."""
+    task = make_task(cell.dataset, study.modulus, study.permuted)
+    found = split(task, cell.seed, study.fraction)
+    operation = study.run(cell.run).operation
+    if operation is None:
+        return found
+    own = task.op == OPERATIONS.index(operation)
+    return Split(found.train[own[found.train]], found.validation[own[found.validation]])
+
+
+def start_of(study: Study, cell: Cell, out: Path, task: Task) -> dict[str, torch.Tensor]:
+    """What a cell's network starts from."""
+    run = study.run(cell.run)
+    seed = cell.seed if run.init == 0 else int(torch.randint(1 << 31, (), generator=generator(cell.seed, "init", run.init)))
+    found = initialise(run.model, task, seed)
+    sources = [_weights(out / one.folder) for one in needs(study, cell)]
+    if run.mode == "average":
+        models = [study.run(name).model.sources[0] for name in run.trained]
+        reference = max(range(len(models)), key=lambda i: (models[i].width, models[i].layers, -i))
+        return average(sources, models, reference, run.align, generator(cell.seed, "align"))
+    for s, values in enumerate(sources):
+        own = {f"s{s}.{name.removeprefix('s0.')}": value for name, value in values.items()}
+        found |= {name: value for name, value in own.items() if name in found}
+        if run.model.fusion == "adapters" and s == run.model.reference:  # what makes the whole equal to it at the start
+            prefix = f"s{s}."
+            found |= {key: value for name, value in own.items() if (key := name.removeprefix(prefix)) in found}
+    return found
+
+
+def _weights(folder: Path) -> dict[str, torch.Tensor]:
+    if read_json(folder / "result.json")["diverged_at"] is not None:
+        raise StudyError(f"{folder} holds a network that diverged; it cannot be a source")
+    return load_file(folder / "weights.safetensors")
+
+
+def trained_parameters(run: Run, task: Task) -> int:
+    """How many are changed by training."""
+    if run.updates == 0:
+        return 0
+    if run.mode != "frozen":
+        return num_parameters(run.model, task)
+    return sum(math.prod(shape) for name, (_, shape) in shapes(run.model, task).items() if not is_source(name))
+
+
+def flops_per_update(run: Run, task: Task, recipe: Recipe) -> int:
+    """Floating-point operations of matrix products, forward and backward, as they are made here: distinct states once."""
+    return _flops(run.model, run.mode == "frozen", task.name, task.num_symbols, task.num_ops, task.num_classes, recipe.batch)
+
+
+@cache
+def _flops(model: Model, frozen: bool, name: str, symbols: int, ops: int, classes: int, batch: int) -> int:
+    empty = torch.zeros(batch, dtype=torch.long)
+    task = Task(name, symbols, classes, ops, empty, empty, empty, empty)
+    values = {key: torch.zeros(shape) for key, (_, shape) in shapes(model, task).items()}
+    for key, value in values.items():
+        value.requires_grad_(not (frozen and is_source(key)))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        found = logits(model, values, Sequences(empty, empty, empty, symbols, ops)).sum()
+        if found.requires_grad:
+            found.backward()
+    return int(counter.get_total_flops())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many cells
+
+
+def make_all(
+    study: Study,
+    out: Path,
+    *,
+    workers: int,
+    compiled: bool,
+    progress: Callable[[int], None] = lambda updates: None,
+    finished: Callable[[Cell, Mapping[str, Any]], None] = lambda cell, result: None,
+) -> dict[str, str]:
+    """Makes every cell that is not done, sources before what is made of them; cell -> message for those that failed.
+
+    Raises:
+        StudyError: a run's results have another definition, or a worker process died.
+    """
+    begin(study, out)
+    waiting = [cell for cell in cells(study) if read_result(out, cell) is None]
+    failed: dict[Cell, str] = {}
+    running: dict[Future[Any], Cell] = {}
+    context = multiprocessing.get_context("spawn")
+    told: Any = context.Queue()
+    with ProcessPoolExecutor(workers, context, _begin_worker, (told,)) as pool:
+        try:
+            while waiting or running:
+                blocked = set(waiting) | set(running.values())
+                for cell in list(waiting):
+                    sources = needs(study, cell)
+                    if (bad := next((one for one in sources if one in failed), None)) is not None:
+                        failed[cell] = f"its source {bad.folder} failed"
+                        waiting.remove(cell)
+                    elif len(running) < workers and not blocked & set(sources):
+                        running[pool.submit(_make, study, cell, out, compiled)] = cell
+                        waiting.remove(cell)
+                done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+                progress(_drain(told))
+                for future in done:
+                    cell = running.pop(future)
+                    try:
+                        finished(cell, future.result())
+                    except BrokenProcessPool:
+                        raise StudyError(f"a worker process died in or near {cell.folder}; run again to go on") from None
+                    except Exception as error:  # one cell's failure must not cost the others theirs
+                        failed[cell] = short(error)
+        except BaseException:
+            for process in (pool._processes or {}).values():  # nothing that is written is lost: cells go on from checkpoints
+                process.terminate()
+            raise
+    for run in study.runs:
+        write_final_info(study, run, out)
+    return {cell.folder: message for cell, message in failed.items()}
+
+
+def begin(study: Study, out: Path) -> None:
+    """Writes down what every run is.
+
+    Raises:
+        StudyError: a run of that name was defined otherwise.
+    """
+    texts = {out / run.name / "definition.json": json.dumps(definition(study, run), indent=2) + "\n" for run in study.runs}
+    for path, text in texts.items():
+        if path.exists() and (differs := _differences(read_json(path), json.loads(text))):
+            raise StudyError(
+                f"{path.parent} holds results of a run with other settings ({', '.join(differs)}); "
+                "give another --out, or remove that folder"
+            )
+    for path, text in texts.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> list[str]:
+    found = []
+    for key in sorted({*old, *new}):
+        if isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
+            found += _differences(old[key], new[key], f"{at}{key}.")
+        elif old.get(key) != new.get(key):
+            found.append(f"{at}{key}: {old.get(key)!r} there, {new.get(key)!r} here"[:200])
+    return found
+
+
+def read_result(out: Path, cell: Cell) -> dict[str, Any] | None:
+    """A cell's result, if it is done."""
+    path = out / cell.folder / "result.json"
+    return dict(read_json(path)) if path.exists() else None
+
+
+def read_log(out: Path, cell: Cell) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """A cell's log, as `train` returned it."""
+    with (out / cell.folder / "log.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return np.array([[float(x) if x else math.nan for x in row] for row in rows])
+
+
+def write_final_info(study: Study, run: Run, out: Path) -> None:
+    """OUT/RUN/final_info.json from the cells that are done."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells(study):
+        if cell.run == run.name and (result := read_result(out, cell)) is not None:
+            found.setdefault(cell.dataset, []).append(result)
+    if found:
+        write_whole(out / run.name / "final_info.json", json.dumps(final_info(found), indent=2) + "\n")
+
+
+_told: Any = None  # a worker's queue to the process that shows progress
+
+
+def _begin_worker(told: Any) -> None:
+    global _told
+    _told = told
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # parallel over cells: threads of one would wait for each other
+
+
+def _make(study: Study, cell: Cell, out: Path, compiled: bool) -> Any:
+    return make(study, cell, out, compiled, _told.put)
+
+
+def _drain(told: Any) -> int:
+    total = 0
+    while True:
+        try:
+            total += told.get_nowait()
+        except queue.Empty:
+            return total

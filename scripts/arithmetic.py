@@ -1,0 +1,145 @@
+"""Runs the arithmetic study: small networks that learn x+y, x-y, x/y mod 97 and permutations, alone, fused and merged."""
+
+import _checkout  # noqa: F401 (puts the repository first on sys.path)
+import argparse
+import json
+import logging
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from _cli import CONFIGS, UsageError, parser, relative, run
+from _scoring import check_positive, counter
+
+
+STUDY = CONFIGS / "arithmetic" / "study.yaml"
+PUBLISHED = CONFIGS / "arithmetic" / "published.json"
+EXAMPLES = """\
+  python scripts/arithmetic.py --out runs/arithmetic
+  python scripts/arithmetic.py --runs baseline,feature-fusion-attention --datasets x_div_y --seeds 5 --steps 7500
+  python scripts/arithmetic.py --runs baseline --steps 500 --dry-run"""
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    result = parser(__doc__ or "", EXAMPLES)
+    add_study_options(result)
+    how = result.add_argument_group("how")
+    how.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one per core)")
+    how.add_argument("--no-compile", action="store_true", help="do not use torch.compile, which makes long runs faster")
+    how.add_argument("--dry-run", action="store_true", help="list the runs with their sizes and costs")
+    how.add_argument("--no-plots", action="store_true", help="numbers only")
+    how.add_argument(
+        "--out", type=Path, default=Path("runs/arithmetic"), metavar="DIR",
+        help="results; cells that are there already are kept, begun ones gone on with (default: runs/arithmetic)",
+    )  # fmt: skip
+    return result
+
+
+def add_study_options(result: argparse.ArgumentParser) -> None:
+    """Which runs, data sets and seeds."""
+    what = result.add_argument_group("what is run")
+    what.add_argument("--config", type=Path, default=STUDY, metavar="FILE", help=f"the study (default: {relative(STUDY)})")
+    what.add_argument("--runs", metavar="A,B,...", help="only these, and what they are made of (default: all)")
+    what.add_argument("--datasets", metavar="A,B,...", help="only these (default: those of the study)")
+    what.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: the study's)")
+    what.add_argument("--steps", type=int, metavar="N", help="updates of runs that do not say how many (default: the study's)")
+    what.add_argument("--modulus", type=int, metavar="P", help="of the modular tasks (default: the study's)")
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Reads the study, makes its cells, prints and draws."""
+    check_positive(arguments, "workers")
+    from eval.arithmetic.execute import make_all, read_result
+    from eval.arithmetic.report import read_published, summarise, table, write_report
+    from eval.arithmetic.study import cells
+
+    study = find_study(arguments)
+    if arguments.dry_run:
+        print(plan(study))
+        return 0
+    workers = arguments.workers or len(os.sched_getaffinity(0))
+    compiled = not arguments.no_compile
+    if compiled and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+        logging.warning("there is no C++ compiler for torch.compile; training takes about 1.5 times as long")
+        compiled = False
+    todo = [cell for cell in cells(study) if read_result(arguments.out, cell) is None]
+    total = sum(study.recipe_of(study.run(cell.run)).updates for cell in todo)
+    logging.info("%d of %d cells to make, %s updates", len(todo), len(cells(study)), f"{total:,}")
+    with counter("training", "update", total, arguments.quiet) as bar:
+
+        def finished(cell: Any, result: Any) -> None:
+            step = f"0.99 at {result['step_val_acc_99']:.0f}" if result["reached"] else "0.99 not reached"
+            bar.set_postfix_str(f"{cell.folder}: {step}")
+            logging.info("%s: %s, %.0f s", cell.folder, step, result["time_s"])
+            if result["diverged_at"] is not None:
+                logging.warning(
+                    "%s stopped at update %d: the loss is no longer a number; the others go on",
+                    cell.folder,
+                    result["diverged_at"],
+                )
+
+        failed = make_all(study, arguments.out, workers=workers, compiled=compiled, progress=bar.update, finished=finished)
+    rows = summarise(study, arguments.out, read_published(PUBLISHED))
+    write_report(study, arguments.out, rows, plots=not arguments.no_plots)
+    print(table(study, rows))
+    for folder, message in failed.items():
+        logging.error("%s: %s", folder, message)
+    print(json.dumps({"out": str(arguments.out), "cells": len(cells(study)) - len(failed), "failed": len(failed)}))
+    return 1 if failed else 0
+
+
+def find_study(arguments: argparse.Namespace) -> Any:
+    """The study of the configuration file, reduced to what is asked for."""
+    from eval.arithmetic.study import checked, chosen, read_study
+
+    check_positive(arguments, "seeds", "steps", "modulus")
+    study = read_study(arguments.config)
+    if arguments.runs:
+        study = chosen(study, [name.strip() for name in arguments.runs.split(",")])
+    changes: dict[str, Any] = {}
+    if arguments.seeds:
+        changes["seeds"] = arguments.seeds
+    if arguments.modulus:
+        changes["modulus"] = arguments.modulus
+    if arguments.steps:
+        changes["recipe"] = replace(study.recipe, updates=arguments.steps)
+    if arguments.datasets:
+        wanted = tuple(name.strip() for name in arguments.datasets.split(","))
+        changes["datasets"] = wanted
+        # Runs with data sets of their own stay only where one of these is asked for.
+        kept = [
+            replace(one, datasets=tuple(d for d in one.datasets if d in wanted)) if one.datasets else one for one in study.runs
+        ]
+        changes["runs"] = tuple(new for old, new in zip(study.runs, kept, strict=True) if new.datasets or not old.datasets)
+    study = checked(replace(study, **changes))
+    if not study.runs:
+        raise UsageError("no run is left; --runs and --datasets exclude each other")
+    return study
+
+
+def plan(study: Any) -> str:
+    """What would be run, as a table."""
+    from eval.arithmetic.execute import flops_per_update, trained_parameters
+    from eval.arithmetic.models import num_parameters
+    from eval.arithmetic.study import cells
+    from eval.arithmetic.tasks import make_task
+
+    lines = [f"{'run':38} {'cells':>5} {'parameters':>11} {'trained':>11} {'GFLOP/update':>12} {'updates':>7}"]
+    total = 0.0
+    for one in study.runs:
+        task = make_task(study.datasets_of(one)[0], study.modulus, study.permuted)
+        recipe, number = study.recipe_of(one), sum(cell.run == one.name for cell in cells(study))
+        flops = flops_per_update(one, task, recipe)
+        total += number * flops * recipe.updates
+        lines.append(
+            f"{one.name:38} {number:5} {num_parameters(one.model, task):11,} {trained_parameters(one, task):11,} "
+            f"{flops / 1e9:12.2f} {recipe.updates:7}"
+        )
+    return "\n".join([*lines, f"{len(cells(study))} cells, {total / 1e15:.2f} PFLOP without evaluations"])
+
+
+if __name__ == "__main__":
+    run(main, options(), "stopped; cells that were begun go on from their last checkpoint when the same command is run again")
