@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +71,7 @@ def main() -> None:
             progress=lambda n: marks.append(time.process_time()),
         )
         torch.backends.mkldnn.matmul.fp32_precision = "ieee"
-        return [b - a for a, b in zip(marks, marks[1:], strict=False)][9:]
+        return [b - a for a, b in pairwise(marks)][9:]
 
     ways: dict[str, Callable[[], list[float]]] = {"plain": plain, "eager": lambda: ours(False)}
     if not arguments.no_compile:
@@ -92,7 +93,8 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "benchmark": "arithmetic", "dataset": arguments.dataset, "cpu_ms_per_update": {k: round(v, 3) for k, v in ms.items()},
+                "benchmark": "arithmetic", "dataset": arguments.dataset,
+                "cpu_ms_per_update": {k: round(v, 3) for k, v in ms.items()},
                 "times_faster": {k: round(ms["plain"] / v, 3) for k, v in ms.items()}, "turns": arguments.turns,
                 "torch": torch.__version__, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
                 "bf16_products": torch.backends.cpu.get_cpu_capability(), "commit": commit.stdout.strip(),

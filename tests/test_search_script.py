@@ -183,7 +183,10 @@ def test_greedy_removal_then_coefficients(run, tmp_path):
     assert "against" in report["verdict"]
     assert not (tmp_path / "found" / "plots").exists()
     control = ("--control", "found/plan.json", "--out", "again", "--no-plots")
-    run("search_alphas", *common, "--remove", "1", "--objective", "nll", "--steps", 1, "--refine", 1, *control)
+    scaled = ("--scale-kept", "--start", "dropped", "--objective", "nll", "--steps", 2, "--refine", 1)
+    run("search_alphas", *common, "--remove", "1", *scaled, *control)
+    rows = json.loads((tmp_path / "again" / "plan.json").read_text())["rows"]
+    assert [bool(row.get("groups")) for row in rows[:4]] == [True] * 4  # layer 2 has nothing to mix in, and is scaled
     assert "found/plan" in json.loads((tmp_path / "again" / "search.json").read_text())["scores"]
     other = ("--model", "tiny:llama3.2-1b", *common[2:], "--layers", 1, "--objective", "nll", *control, "--overwrite")
     assert "32" in run("search_alphas", *other, status=1).stderr  # the plan is of a model with so many layers
@@ -211,6 +214,7 @@ def test_small_subjects_are_in_every_part(count, sizes):
         ([], 2, "give one of --alphas, --layers, --remove and --greedy"),
         (["--layers", "2", "--remove", "3"], 2, "give one of"),
         (["--layers", "32"], 1, "cannot remove 32 of 32 layers"),
+        (["--layers", "2", "--scale-kept"], 2, "--scale-kept goes with --remove or --greedy"),
         (["--layers", "2", "--target", "acc"], 2, "accuracy has no gradient"),
         (["--remove", "x"], 2, "expected layer numbers"),
         (["--remove", "77"], 1, "there is no layer 77"),

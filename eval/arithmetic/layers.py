@@ -166,6 +166,6 @@ def initial(kind: str, shape: tuple[int, ...], generator: torch.Generator) -> to
         tall: torch.Tensor = torch.linalg.qr(torch.randn(max(shape), min(shape), generator=generator)).Q
         return (tall if shape[0] >= shape[1] else tall.T).contiguous()
     fan_in = int(inputs) if inputs else shape[-1]
-    limit = (6 / sum(shape)) ** 0.5 if name == "xavier" else fan_in**-0.5
-    uniform: torch.Tensor = torch.rand(shape, generator=generator)
+    limit: float = (6 / sum(shape)) ** 0.5 if name == "xavier" else fan_in**-0.5
+    uniform = torch.rand(shape, generator=generator)
     return (uniform * 2 - 1) * limit
