@@ -40,9 +40,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     from benchmarks._plain import Network, Training, copy_weights
+    from eval.arithmetic.batches import Member, Recipe
     from eval.arithmetic.models import Model, initialise
     from eval.arithmetic.tasks import make_task, split
-    from eval.arithmetic.train import Member, Recipe, train
+    from eval.arithmetic.train import train
 
     task, model = make_task(arguments.dataset), Model()
     parts, start = split(task, 0), initialise(model, task, 0)

@@ -94,6 +94,18 @@ def place_model(
     return Placement(device, dtype, "auto", f"{reason}; {where}: layers without room go to {over}")
 
 
+def training_device(device: str = "auto") -> str:
+    """Where small networks are trained: a GPU where there is one, unless a device is asked for.
+
+    Raises:
+        MergeError: the device is not there.
+    """
+    if device == "auto":
+        return "cuda:0" if importlib.import_module("torch").cuda.is_available() else "cpu"
+    _check_device(device)
+    return device
+
+
 def _run_dtype(device: str, dtype: str, stored: str) -> str:
     if dtype != "auto":
         return dtype

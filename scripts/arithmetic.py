@@ -28,6 +28,7 @@ def options() -> argparse.ArgumentParser:
     add_study_options(result)
     how = result.add_argument_group("how")
     how.add_argument("--workers", type=int, metavar="N", help="processes of one thread each (default: one per core)")
+    how.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     how.add_argument("--no-compile", action="store_true", help="do not use torch.compile, which makes long runs faster")
     how.add_argument("--dry-run", action="store_true", help="list the runs with their sizes and costs")
     how.add_argument("--no-plots", action="store_true", help="numbers only")
@@ -55,11 +56,13 @@ def main(arguments: argparse.Namespace) -> int:
     from eval.arithmetic.execute import make_all, read_result
     from eval.arithmetic.report import read_published, summarise, table, write_report
     from eval.arithmetic.study import cells
+    from merge.runtime import training_device
 
     study = find_study(arguments)
     if arguments.dry_run:
         print(plan(study))
         return 0
+    device = training_device(arguments.device)
     workers = arguments.workers or len(os.sched_getaffinity(0))
     compiled = not arguments.no_compile
     if compiled and not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
@@ -81,7 +84,9 @@ def main(arguments: argparse.Namespace) -> int:
                     result["diverged_at"],
                 )
 
-        failed = make_all(study, arguments.out, workers=workers, compiled=compiled, progress=bar.update, finished=finished)
+        failed = make_all(
+            study, arguments.out, workers=workers, device=device, compiled=compiled, progress=bar.update, finished=finished
+        )
     rows = summarise(study, arguments.out, read_published(PUBLISHED))
     write_report(study, arguments.out, rows, plots=not arguments.no_plots)
     print(table(study, rows))

@@ -11,7 +11,8 @@ from benchmarks._plain import Network, Training, copy_weights
 from eval.arithmetic.layers import Sequences
 from eval.arithmetic.models import FUSIONS, Model, Source, initialise, logits, num_parameters
 from eval.arithmetic.tasks import TASKS, generator, make_task, split
-from eval.arithmetic.train import Member, Recipe, train
+from eval.arithmetic.batches import Member, Recipe
+from eval.arithmetic.train import train
 from eval.errors import StudyError
 
 SMALL = Source(2, 16, 2)

@@ -8,6 +8,7 @@ OUT/RUN/final_info.json                    the study's own summary of a run
 """
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -15,7 +16,7 @@ import multiprocessing
 import os
 import queue
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -29,45 +30,70 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from merge.records import read_json
 
-from ..errors import StudyError, short
+from ..errors import EvalError, StudyError, short
 from ..results import whole_file, write_whole
 from .average import average
+from .batches import Member, Recipe
 from .layers import Sequences
 from .models import Model, initialise, logits, num_parameters, shapes
 from .results import final_info, metrics
 from .study import OPERATIONS, Cell, Run, Study, cells, definition, needs
 from .tasks import Split, Task, generator, make_task, split
-from .train import COLUMNS, Member, Recipe, train
+from .train import COLUMNS, Outcome, train
 
 LONG = 1000  # updates from which compiling is worth its time
 
 
-def make(study: Study, cell: Cell, out: Path, compiled: bool = False, progress: Callable[[int], None] = lambda n: None) -> Any:
-    """Trains one cell, writes its folder and returns its result.
+def make(
+    study: Study,
+    group: Sequence[Cell],
+    out: Path,
+    *,
+    device: str = "cpu",
+    compiled: bool = False,
+    progress: Callable[[int], None] = lambda updates: None,
+) -> list[dict[str, Any]]:
+    """Trains cells of one run together, writes their folders and returns their results.
 
     Raises:
         StudyError: a source is missing or is of no use.
     """
-    run, folder = study.run(cell.run), out / cell.folder
-    task = make_task(cell.dataset, study.modulus, study.permuted)
-    member = Member(task, split_of(study, cell), cell.seed, start_of(study, cell, out, task))
+    run = study.run(group[0].run)
+    tasks = [make_task(cell.dataset, study.modulus, study.permuted) for cell in group]
+    members = [
+        Member(task, split_of(study, cell), cell.seed, start_of(study, cell, out, task))
+        for cell, task in zip(group, tasks, strict=True)
+    ]
     recipe = study.recipe_of(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint.safetensors"
+    for cell in group:
+        (out / cell.folder).mkdir(parents=True, exist_ok=True)
+    names = " ".join(cell.folder for cell in group)
+    checkpoint = out / group[0].folder / f"checkpoint-{hashlib.sha256(names.encode()).hexdigest()[:8]}.safetensors"
     started, used = time.perf_counter(), time.process_time()
-    (outcome,) = train(
-        run.model, [member], recipe,
-        frozen=is_source if run.mode == "frozen" else lambda name: False,
-        compiled=compiled and recipe.updates >= LONG, checkpoint=checkpoint, progress=progress,
+    outcomes = train(
+        run.model, members, recipe,
+        frozen=is_source if run.mode == "frozen" else lambda name: False, device=device,
+        compiled=compiled and recipe.updates >= LONG, checkpoint=checkpoint, progress=lambda n: progress(n * len(group)),
     )  # fmt: skip
-    result = {
-        "run": cell.run, "dataset": cell.dataset, "seed": cell.seed, "updates": recipe.updates,
-        **metrics(outcome.log, recipe.updates), "diverged_at": outcome.diverged_at,
-        "parameters": num_parameters(run.model, task), "trained_parameters": trained_parameters(run, task),
-        "gflop_per_update": flops_per_update(run, task, recipe) / 1e9,
-        "time_s": round(time.perf_counter() - started, 2), "cpu_s": round(time.process_time() - used, 2),
-        "torch": torch.__version__,
-    }  # fmt: skip
+    seconds, cpu = (time.perf_counter() - started) / len(group), (time.process_time() - used) / len(group)
+    results = []
+    for cell, task, outcome in zip(group, tasks, outcomes, strict=True):
+        result = {
+            "run": cell.run, "dataset": cell.dataset, "seed": cell.seed, "updates": recipe.updates,
+            **metrics(outcome.log, recipe.updates), "diverged_at": outcome.diverged_at,
+            "parameters": num_parameters(run.model, task), "trained_parameters": trained_parameters(run, task),
+            "gflop_per_update": flops_per_update(run, task, recipe) / 1e9,
+            "time_s": round(seconds, 2), "cpu_s": round(cpu, 2), "together": len(group), "device": device,
+            "torch": torch.__version__,
+        }  # fmt: skip
+        _write(out / cell.folder, outcome, result)
+        results.append(result)
+    checkpoint.unlink(missing_ok=True)
+    return results
+
+
+def _write(folder: Path, outcome: Outcome, result: Mapping[str, Any]) -> None:
+    """A cell's files; what says that it is done comes last."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(COLUMNS)
@@ -76,8 +102,6 @@ def make(study: Study, cell: Cell, out: Path, compiled: bool = False, progress: 
     with whole_file(folder / "weights.safetensors") as scratch:
         save_file(outcome.weights, scratch)
     write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    checkpoint.unlink(missing_ok=True)
-    return result
 
 
 def is_source(name: str) -> bool:
@@ -154,22 +178,72 @@ def _flops(model: Model, frozen: bool, name: str, symbols: int, ops: int, classe
 # Many cells
 
 
+Finished = Callable[[Cell, Mapping[str, Any]], None]
+
+
 def make_all(
     study: Study,
     out: Path,
     *,
     workers: int,
-    compiled: bool,
+    device: str = "cpu",
+    compiled: bool = False,
     progress: Callable[[int], None] = lambda updates: None,
-    finished: Callable[[Cell, Mapping[str, Any]], None] = lambda cell, result: None,
+    finished: Finished = lambda cell, result: None,
 ) -> dict[str, str]:
     """Makes every cell that is not done, sources before what is made of them; cell -> message for those that failed.
+
+    On a CPU one cell per worker process; elsewhere all cells of a run whose tables have one size together, in this process.
 
     Raises:
         StudyError: a run's results have another definition, or a worker process died.
     """
     begin(study, out)
     waiting = [cell for cell in cells(study) if read_result(out, cell) is None]
+    if device == "cpu":
+        failed = _in_processes(study, out, waiting, workers, compiled, progress, finished)
+    else:
+        failed = _in_groups(study, out, waiting, device, progress, finished)
+    for run in study.runs:
+        write_final_info(study, run, out)
+    return {cell.folder: message for cell, message in failed.items()}
+
+
+def _in_groups(
+    study: Study, out: Path, waiting: Sequence[Cell], device: str, progress: Callable[[int], None], finished: Finished
+) -> dict[Cell, str]:
+    groups: dict[tuple[Any, ...], list[Cell]] = {}  # in the order of the cells, so sources come first
+    for cell in waiting:
+        task = make_task(cell.dataset, study.modulus, study.permuted)
+        groups.setdefault((cell.run, task.num_symbols, task.num_classes, task.num_ops), []).append(cell)
+    failed: dict[Cell, str] = {}
+    for group in groups.values():
+        able = []
+        for cell in group:
+            if (bad := next((one for one in needs(study, cell) if one in failed), None)) is not None:
+                failed[cell] = f"its source {bad.folder} failed"
+            else:
+                able.append(cell)
+        if not able:
+            continue
+        try:
+            for cell, result in zip(able, make(study, able, out, device=device, progress=progress), strict=True):
+                finished(cell, result)
+        except EvalError as error:
+            failed |= dict.fromkeys(able, short(error))
+    return failed
+
+
+def _in_processes(
+    study: Study,
+    out: Path,
+    todo: Sequence[Cell],
+    workers: int,
+    compiled: bool,
+    progress: Callable[[int], None],
+    finished: Finished,
+) -> dict[Cell, str]:
+    waiting = list(todo)
     failed: dict[Cell, str] = {}
     running: dict[Future[Any], Cell] = {}
     context = multiprocessing.get_context("spawn")
@@ -200,9 +274,7 @@ def make_all(
             for process in (pool._processes or {}).values():  # nothing that is written is lost: cells go on from checkpoints
                 process.terminate()
             raise
-    for run in study.runs:
-        write_final_info(study, run, out)
-    return {cell.folder: message for cell, message in failed.items()}
+    return failed
 
 
 def begin(study: Study, out: Path) -> None:
@@ -267,7 +339,7 @@ def _begin_worker(told: Any) -> None:
 
 
 def _make(study: Study, cell: Cell, out: Path, compiled: bool) -> Any:
-    return make(study, cell, out, compiled, _told.put)
+    return make(study, [cell], out, compiled=compiled, progress=_told.put)[0]
 
 
 def _drain(told: Any) -> int:

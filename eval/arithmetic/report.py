@@ -21,11 +21,11 @@ from merge.records import read_json
 
 from ..results import write_whole
 from ..stats import Mean, mean
+from .batches import Recipe
 from .execute import read_result
 from .results import METRICS, Spread, spread
 from .study import Cell, Run, Study
 from .tasks import MODULUS, PERMUTED
-from .train import Recipe
 
 BASELINES = ("baseline", "baseline-b", "baseline-c")  # replicates of each other
 ENOUGH = 3  # pairs for an interval

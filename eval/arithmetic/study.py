@@ -20,9 +20,9 @@ from merge.records import Fields
 
 from ..errors import StudyError, near
 from .average import ALIGNMENTS, target
+from .batches import Recipe
 from .models import FUSION_HEADS, Model, Source
 from .tasks import MODULUS, PERMUTED, STUDIED, TASKS, make_task
-from .train import Recipe
 
 MODES = ("cotrain", "frozen", "finetune", "average")
 OPERATIONS = ("x_plus_y", "x_minus_y", "x_div_y")  # of three_operations, by operator

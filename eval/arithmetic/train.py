@@ -25,47 +25,13 @@ from torch.nn import functional
 
 from ..errors import StudyError
 from ..results import whole_file
+from .batches import Batches, Member, Recipe, stacked
 from .layers import Sequences
 from .models import Model, logits
-from .tasks import Split, Task, draws, generator
 
 COLUMNS = ("step", "train_loss", "train_acc", "val_loss", "val_acc", "full_val_loss", "full_val_acc")
 CHECKPOINT_S = 60.0  # between checkpoints
 STATES = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. Defaults are the study's; `exhaustive_every` is ours."""
-
-    updates: int = 7500
-    batch: int = 512
-    learning_rate: float = 1e-3
-    beta1: float = 0.9
-    beta2: float = 0.98
-    weight_decay: float = 0.5
-    warmup: int = 50
-    evaluate_every: int = 10
-    drawn: int = 4096  # validation pairs, with replacement
-    exhaustive_every: int = 100  # updates between evaluations over all validation pairs
-
-    def __post_init__(self) -> None:
-        if self.updates < 0 or min(self.batch, self.evaluate_every, self.drawn, self.exhaustive_every) < 1:
-            raise StudyError("updates must be at least 0; batch, evaluate_every, drawn and exhaustive_every at least 1")
-        if self.exhaustive_every % self.evaluate_every:
-            raise StudyError(
-                f"exhaustive_every is {self.exhaustive_every}, expected a multiple of evaluate_every, {self.evaluate_every}"
-            )
-
-
-@dataclass(frozen=True)
-class Member:
-    """One network to train: its data, its seed, and the values that it starts from."""
-
-    task: Task
-    split: Split
-    seed: int
-    start: Mapping[str, torch.Tensor]
 
 
 @dataclass
@@ -110,72 +76,22 @@ def train(
     Raises:
         StudyError: the checkpoint is of something else, or members do not fit together.
     """
-    batches = _Batches(model, members, recipe, device)
-    many = len(members) > 1
-    parameters = {name: _stacked([one.start[name] for one in members]).to(device) for name in members[0].start}
-    moving = {name: value.requires_grad_() for name, value in parameters.items() if not frozen(name)}
-    optimiser = None
-    if moving and recipe.updates:
-        optimiser = torch.optim.AdamW(
-            moving.values(), lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
-            fused=True,
-        )  # fmt: skip
-    task = members[0].task
-
-    def batch_loss(p: Any, a: Any, op: Any, b: Any, answer: Any, keep: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        found = logits(model, p, Sequences(a, op, b, task.num_symbols, task.num_ops), keep)
-        return functional.cross_entropy(found, answer), (found.argmax(-1) == answer).float().mean()
-
-    def pairs_loss(p: Any, a: Any, op: Any, b: Any, answer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        found = logits(model, p, Sequences(a, op, b, task.num_symbols, task.num_ops))
-        return functional.cross_entropy(found, answer, reduction="none"), found.argmax(-1) == answer
-
-    learn: Any = torch.func.vmap(batch_loss, in_dims=(0, 0, 0, 0, 0, 0 if batches.dropout else None)) if many else batch_loss
-    judge: Any = torch.func.vmap(pairs_loss) if many else pairs_loss
-    if compiled:
-        learn, judge = torch.compile(learn, dynamic=False), torch.compile(judge, dynamic=False)
-
+    trainer = _Trainer(model, members, recipe, frozen, device, compiled)
     state = _State(logs=[[] for _ in members], diverged_at=[None] * len(members))
     identity = _identity(model, members, recipe)
     if checkpoint is not None and checkpoint.exists():
-        state = _restore(checkpoint, identity, parameters, moving, optimiser)
+        state = _restore(checkpoint, identity, trainer)
         progress(state.step)
-    saved = time.monotonic()
-
-    def evaluate(exhaustive: bool, number: int | None) -> list[list[float]]:
-        """[member][val_loss, val_acc, full_val_loss, full_val_acc]."""
-        with torch.inference_mode():
-            index, counts = batches.drawn_pairs(number) if number is not None and not exhaustive else batches.all_pairs(number)
-            found = judge(parameters, *batches.pairs(index))
-        losses, hits = (x.double().reshape(len(members), -1).cpu() for x in found)
-        result = []
-        for i, validation in enumerate(batches.validation):
-            share, row = counts[i] / recipe.drawn, [math.nan] * 4
-            if number is not None:
-                row[:2] = [float((share * x[i]).sum()) for x in (losses, hits)]
-            if exhaustive:
-                row[2:] = [float(x[i, : len(validation)].mean()) for x in (losses, hits)]
-            result.append(row)
-        return result
-
-    if not state.logs[0]:
-        for i, row in enumerate(evaluate(True, None)):
-            state.logs[i].append([0.0, math.nan, math.nan, *row])
-    rounds = math.ceil(recipe.updates / recipe.evaluate_every)
+    else:
+        for log, row in zip(state.logs, trainer.evaluate(None, exhaustive=True), strict=True):
+            log.append([0.0, math.nan, math.nan, *row])
+    rounds, saved = math.ceil(recipe.updates / recipe.evaluate_every), time.monotonic()
     while state.step < recipe.updates and any(at is None for at in state.diverged_at):
         count = min(recipe.evaluate_every, recipe.updates - state.step)
-        totals = torch.zeros(2, len(members), device=device)
-        for update in range(state.step, state.step + count):
-            loss, accuracy = learn(parameters, *batches.training(update))
-            if optimiser is not None:
-                optimiser.param_groups[0]["lr"] = _learning_rate(recipe, update)
-                optimiser.zero_grad(set_to_none=True)
-                loss.sum().backward()
-                optimiser.step()
-            totals += torch.stack([loss.detach().reshape(-1), accuracy.reshape(-1)])
+        totals = torch.stack([trainer.update(number) for number in range(state.step, state.step + count)]).sum(0)
         state.step += count
         number = math.ceil(state.step / recipe.evaluate_every)
-        measured = evaluate(state.step % recipe.exhaustive_every == 0 or number == rounds, number - 1)
+        measured = trainer.evaluate(number - 1, exhaustive=state.step % recipe.exhaustive_every == 0 or number == rounds)
         for i, (row, one) in enumerate(zip(measured, (totals / count).T.tolist(), strict=True)):
             if state.diverged_at[i] is None:
                 state.logs[i].append([float(state.step), *one, *row])
@@ -183,90 +99,126 @@ def train(
                     state.diverged_at[i] = state.step
         progress(count)
         if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_S:
-            _save(checkpoint, identity, parameters, moving, optimiser, state)
+            _save(checkpoint, identity, trainer, state)
             saved = time.monotonic()
     return [
-        Outcome(
-            np.array(state.logs[i]),
-            {name: (value[i] if many else value).detach().cpu().clone() for name, value in parameters.items()},
-            state.diverged_at[i],
-        )
-        for i in range(len(members))
+        Outcome(np.array(log), trainer.weights(i), at)
+        for i, (log, at) in enumerate(zip(state.logs, state.diverged_at, strict=True))
     ]
 
 
-def _stacked(values: Sequence[torch.Tensor]) -> torch.Tensor:
-    """One tensor as it is, in a copy of its own; several with a new first dimension."""
-    return torch.stack(list(values)) if len(values) > 1 else values[0].detach().clone()
+class _Trainer:
+    """Parameters, optimiser and data of all members: one update, one evaluation."""
 
+    def __init__(
+        self,
+        model: Model,
+        members: Sequence[Member],
+        recipe: Recipe,
+        frozen: Callable[[str], bool],
+        device: str,
+        compiled: bool,
+    ) -> None:
+        self.recipe, self.members = recipe, len(members)
+        self.batches = Batches(model, members, recipe, device)
+        self.parameters = {name: stacked([one.start[name] for one in members]).to(device) for name in members[0].start}
+        self.moving = {name: value.requires_grad_() for name, value in self.parameters.items() if not frozen(name)}
+        self.graph: torch.cuda.CUDAGraph | None = None
+        on_gpu = device.startswith("cuda")
+        self.optimiser = None
+        if self.moving and recipe.updates:
+            rate = torch.tensor(recipe.learning_rate, device=device) if on_gpu else recipe.learning_rate
+            self.optimiser = torch.optim.AdamW(
+                self.moving.values(), lr=rate, betas=(recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay,
+                fused=True, capturable=on_gpu,
+            )  # fmt: skip
+        task = members[0].task
 
-class _Batches:
-    """What every update and every evaluation is about: (a, op, b, answer), each [B], or [members, B] for several."""
+        def batch_loss(p: Any, a: Any, op: Any, b: Any, answer: Any, keep: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            found = logits(model, p, Sequences(a, op, b, task.num_symbols, task.num_ops), keep)
+            return functional.cross_entropy(found, answer), (found.argmax(-1) == answer).float().mean()
 
-    def __init__(self, model: Model, members: Sequence[Member], recipe: Recipe, device: str) -> None:
-        kinds = {(m.task.num_symbols, m.task.num_classes, m.task.num_ops) for m in members}
-        if len(kinds) > 1:
-            raise StudyError("networks that are trained together must have equally many symbols, classes and operators")
-        self.dropout = model.dropout if model.fusion == "dropout" else 0.0
-        self.width = sum(model.tap_widths)
-        self.seeds = [m.seed for m in members]
-        self.tables = [torch.cat([getattr(m.task, name) for m in members]).to(device) for name in ("a", "op", "b", "answer")]
-        rounds = math.ceil(recipe.updates / recipe.evaluate_every)
-        self.train, self.validation, self.drawn = [], [], []
-        offset = 0  # of a member's pairs in the tables
-        for m in members:
-            chosen = draws(len(m.split.train), (recipe.updates, recipe.batch), generator(m.seed, "batches", m.task.name))
-            self.train.append((m.split.train.int() + offset)[chosen.long()].to(device))
-            self.validation.append(m.split.validation + offset)
-            self.drawn.append(
-                draws(len(m.split.validation), (rounds, recipe.drawn), generator(m.seed, "evaluations", m.task.name))
-            )
-            offset += len(m.task)
-        # Compiled code wants one length, the longest; what is added counts zero times.
-        self.num_pairs = max(len(validation) for validation in self.validation)
-        self.num_drawn = max((len(np.unique(row)) for one in self.drawn for row in one.numpy()), default=1)
+        def pairs_loss(p: Any, a: Any, op: Any, b: Any, answer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            found = logits(model, p, Sequences(a, op, b, task.num_symbols, task.num_ops))
+            return functional.cross_entropy(found, answer, reduction="none"), found.argmax(-1) == answer
 
-    def training(self, update: int) -> tuple[torch.Tensor | None, ...]:
-        """An update's (a, op, b, answer, keep)."""
-        index = torch.stack([one[update] for one in self.train]).long()
-        return *self.pairs(index), self._keep(update, index.shape[1])
+        self.learn: Any = batch_loss
+        self.judge: Any = pairs_loss
+        if self.members > 1:
+            self.learn = torch.func.vmap(batch_loss, in_dims=(0, 0, 0, 0, 0, 0 if self.batches.dropout else None))
+            self.judge = torch.func.vmap(pairs_loss)
+        if compiled:
+            self.learn = torch.compile(self.learn, dynamic=False)
+            self.judge = torch.compile(self.judge, dynamic=False)
+        if on_gpu and self.optimiser is not None:
+            self._capture()
 
-    def drawn_pairs(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(pairs [members, L], how often each was drawn) of an evaluation."""
-        index = torch.empty(len(self.seeds), self.num_drawn, dtype=torch.long)
-        counts = torch.zeros(len(self.seeds), self.num_drawn, dtype=torch.double)
-        for i, validation in enumerate(self.validation):
-            distinct, often = self.drawn[i][number].unique(return_counts=True)
-            index[i] = validation[0]
-            index[i, : len(distinct)] = validation[distinct.long()]
-            counts[i, : len(distinct)] = often.double()
-        return index, counts
+    def update(self, number: int) -> torch.Tensor:
+        """Makes an update; [2, members], the loss and the accuracy of its batches before it."""
+        batch = self.batches.training(number)
+        if self.optimiser is not None:
+            rate, group = _learning_rate(self.recipe, number), self.optimiser.param_groups[0]
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        if self.graph is None:
+            return self._step(batch)
+        for held, new in zip(self.held, batch, strict=True):
+            if held is not None and new is not None:
+                held.copy_(new)
+        self.graph.replay()
+        return self.result.clone()
 
-    def all_pairs(self, number: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same over all validation pairs; none is drawn where there is no number."""
-        index = torch.empty(len(self.seeds), self.num_pairs, dtype=torch.long)
-        counts = torch.zeros(len(self.seeds), self.num_pairs, dtype=torch.double)
-        for i, validation in enumerate(self.validation):
-            index[i] = validation[0]
-            index[i, : len(validation)] = validation
+    def evaluate(self, number: int | None, *, exhaustive: bool) -> list[list[float]]:
+        """[members][val_loss, val_acc, full_val_loss, full_val_acc] of an evaluation; what is not asked for is nan."""
+        batches = self.batches
+        index, counts = batches.all_pairs(number) if exhaustive else batches.drawn_pairs(number)
+        with torch.inference_mode():
+            found = self.judge(self.parameters, *batches.pairs(index))
+        losses, hits = (x.double().reshape(self.members, -1).cpu() for x in found)
+        result = []
+        for i, validation in enumerate(batches.validation):
+            share, row = counts[i] / self.recipe.drawn, [math.nan] * 4
             if number is not None:
-                counts[i, : len(validation)] = self.drawn[i][number].bincount(minlength=len(validation)).double()
-        return index, counts
+                row[:2] = [float((share * x[i]).sum()) for x in (losses, hits)]
+            if exhaustive:
+                row[2:] = [float(x[i, : len(validation)].mean()) for x in (losses, hits)]
+            result.append(row)
+        return result
 
-    def pairs(self, index: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """(a, op, b, answer) of pairs [members, B]."""
-        index = index.to(self.tables[0].device)
-        index = index if len(self.seeds) > 1 else index[0]
-        return tuple(table[index] for table in self.tables)
+    def weights(self, member: int) -> dict[str, torch.Tensor]:
+        """One member's parameters."""
+        several = self.members > 1
+        return {name: (x[member] if several else x).detach().cpu().clone().contiguous() for name, x in self.parameters.items()}
 
-    def _keep(self, update: int, batch: int) -> torch.Tensor | None:
-        """What dropout multiplies with: 0, or 1 / (1 - p) so that means stay."""
-        if not self.dropout:
-            return None
-        found = [
-            torch.rand((batch, self.width), generator=generator(seed, "dropout", update)) >= self.dropout for seed in self.seeds
-        ]
-        return (_stacked(found) / (1 - self.dropout)).to(self.tables[0].device)
+    def _step(self, batch: Sequence[torch.Tensor | None]) -> torch.Tensor:
+        loss, accuracy = self.learn(self.parameters, *batch)
+        if self.optimiser is not None:
+            self.optimiser.zero_grad(set_to_none=True)
+            loss.sum().backward()
+            self.optimiser.step()
+        return torch.stack([loss.detach().reshape(-1), accuracy.reshape(-1)])
+
+    def _capture(self) -> None:
+        """Records an update as a CUDA graph: launching its kernels one by one would take longer than they run."""
+        assert self.optimiser is not None
+        self.held = [None if x is None else x.clone() for x in self.batches.training(0)]
+        before = {name: value.detach().clone() for name, value in self.moving.items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what CUDA sets up at first must not be recorded
+                self._step(self.held)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = self._step(self.held)
+        with torch.no_grad():  # as if nothing had been done
+            for name, value in self.moving.items():
+                value.copy_(before[name])
+                for moment in self.optimiser.state[value].values():
+                    moment.zero_()
 
 
 def _learning_rate(recipe: Recipe, update: int) -> float:
@@ -286,26 +238,18 @@ def _identity(model: Model, members: Sequence[Member], recipe: Recipe) -> str:
 def _save(
     path: Path,
     identity: str,
-    parameters: Mapping[str, torch.Tensor],
-    moving: Mapping[str, torch.Tensor],
-    optimiser: torch.optim.Optimizer | None,
+    trainer: _Trainer,
     state: _State,
 ) -> None:
-    tensors = {f"value {name}": value.detach() for name, value in parameters.items()}
-    if optimiser is not None:
-        for name, value in moving.items():
+    tensors = {f"value {name}": value.detach() for name, value in trainer.parameters.items()}
+    if (optimiser := trainer.optimiser) is not None:
+        for name, value in trainer.moving.items():
             tensors |= {f"{key} {name}": optimiser.state[value][key] for key in STATES}
     with whole_file(path) as scratch:
         save_file(tensors, scratch, {"identity": identity, "state": json.dumps(asdict(state))})
 
 
-def _restore(
-    path: Path,
-    identity: str,
-    parameters: Mapping[str, torch.Tensor],
-    moving: Mapping[str, torch.Tensor],
-    optimiser: torch.optim.Optimizer | None,
-) -> _State:
+def _restore(path: Path, identity: str, trainer: _Trainer) -> _State:
     """Puts parameters and optimiser back to what they were, and returns where training stood."""
     with safe_open(path, framework="pt") as file:
         found = file.metadata()
@@ -313,10 +257,19 @@ def _restore(
             raise StudyError(f"{path} is of a run with other settings; remove it to train anew")
         state = _State(**json.loads(found["state"]))
         with torch.no_grad():
-            for name, value in parameters.items():
+            for name, value in trainer.parameters.items():
                 value.copy_(file.get_tensor(f"value {name}"))
-        if optimiser is not None:
-            for name, value in moving.items():
-                moments = {key: file.get_tensor(f"{key} {name}").to(value.device) for key in STATES}
-                optimiser.state[value] = {"step": torch.tensor(float(state.step), device=value.device), **moments}
+        if (optimiser := trainer.optimiser) is not None:
+            for name, value in trainer.moving.items():
+                _put_back(optimiser.state[value], value, state.step, {k: file.get_tensor(f"{k} {name}") for k in STATES})
     return state
+
+
+def _put_back(held: dict[str, torch.Tensor], value: torch.Tensor, step: int, moments: Mapping[str, torch.Tensor]) -> None:
+    """Gives an optimiser its state for one parameter; tensors that are there already are filled: a recorded graph has them."""
+    new = {"step": torch.tensor(float(step)), **{key: moment.to(value.device) for key, moment in moments.items()}}
+    for key, tensor in new.items():
+        if key in held:
+            held[key].copy_(tensor)
+        else:
+            held[key] = tensor
