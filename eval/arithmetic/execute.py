@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -334,8 +335,16 @@ _told: Any = None  # a worker's queue to the process that shows progress
 def _begin_worker(told: Any) -> None:
     global _told
     _told = told
+    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # parallel over cells: threads of one would wait for each other
+
+
+def _die_with(parent: int) -> None:
+    """Ends this worker when its parent was killed; it would go on, beside the worker of the next run on the same cell."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _make(study: Study, cell: Cell, out: Path, compiled: bool) -> Any:

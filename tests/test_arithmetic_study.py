@@ -1,0 +1,427 @@
+"""The arithmetic study from its configuration to its table: who shares what, averaging, resuming, honest numbers."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import ROOT
+
+from eval.arithmetic.average import average, matched, permuted, target, widened
+from eval.arithmetic.batches import Recipe
+from eval.arithmetic.execute import begin, flops_per_update, is_source, make_all, read_log, read_result, split_of
+from eval.arithmetic.layers import Sequences
+from eval.arithmetic.models import Model, Source, initialise, logits, num_parameters
+from eval.arithmetic.report import markdown, read_published, summarise, table
+from eval.arithmetic.results import final_info, metrics, spread
+from eval.arithmetic.study import Cell, cells, chosen, definition, needs, read_study
+from eval.arithmetic.tasks import make_task
+from eval.errors import StudyError
+from merge.errors import RecordError
+
+STUDY = ROOT / "configs" / "arithmetic" / "study.yaml"
+SMALL = """
+schema_version: 1
+datasets: [x_plus_y]
+seeds: 2
+modulus: 11
+training: {updates: 30, batch: 32, drawn: 64, exhaustive_every: 10, warmup: 5}
+runs:
+  baseline: {sources: [{width: 16, heads: 2}]}
+  wide: {sources: [{width: 32, heads: 4, layers: 3}]}
+  joined: {mode: frozen, trained: [baseline, wide], fusion: adapters, compare: wide}
+  concat: {mode: finetune, trained: [baseline, wide], fusion: concat, learning_rate: 0.0001}
+  untrained: {mode: frozen, trained: [untrained], sources: [{width: 16, heads: 2}, {width: 16, heads: 2}], fusion: concat}
+  both: {mode: frozen, trained: [baseline, wide], fusion: mean-logits, updates: 0}
+  mean: {mode: average, trained: [baseline, wide], updates: 0}
+"""
+
+
+@pytest.fixture
+def small(tmp_path):
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return read_study(path)
+
+
+def test_the_study_names_every_published_run():
+    study, published = read_study(STUDY), read_published(ROOT / "configs" / "arithmetic" / "published.json")
+    named = {run.published for run in study.runs if run.published}
+    repeated = {"001-0", "002-0"}  # the baseline again
+    assert named | repeated == set(published["runs"])
+    assert study.recipe == Recipe()
+    assert (study.seeds, study.modulus, study.fraction) == (3, 97, 0.5)
+    for wiring in ("", "-parallel"):
+        for kind in ("basic", "weighted", "attention", "dropout", "layer-norm"):
+            assert study.run(f"feature-fusion-{kind}{wiring}").mode == "cotrain"
+    for run in study.runs:
+        assert run.compare in {one.name for one in study.runs}, run.name
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: 2", "seed: 2", "unknown key 'seed' .did you mean 'seeds'"),
+        ("fusion: concat", "fusion: concatt", "no fusion 'concatt'; did you mean concat"),
+        ("mode: finetune", "mode: finetuned", "no mode 'finetuned'; did you mean finetune"),
+        ("trained: [baseline, wide], fusion: adapters", "trained: [baselin, wide], fusion: adapters", "did you mean baseline"),
+        ("[x_plus_y]", "[x_plus]", "no data set 'x_plus'; did you mean x_plus_y"),
+        ("heads: 4, layers: 3", "heads: 5, layers: 3", "5 heads do not divide the width 32"),
+        ("width: 32, heads: 4", "width: 24, heads: 4", "width 16 does not divide 24"),
+        ("updates: 30,", "updates: 30.5,", "'updates' is 30.5, expected a whole number"),
+        ("modulus: 11", "modulus: 11\nmodulus: 13", "modulus stands twice"),
+        ("runs:", "runs: [", "not valid YAML"),
+        ("mode: finetune, trained: [baseline, wide]", "mode: finetune", "mode finetune goes with `trained`"),
+        ("[x_plus_y]\nseeds: 2\nmodulus: 11", "[x_div_y]\nseeds: 2\nmodulus: 12", "prime modulus, found 12"),
+    ],
+)
+def test_a_wrong_study_is_refused(tmp_path, old, new, message):
+    assert old in SMALL
+    path = tmp_path / "wrong.yaml"
+    path.write_text(SMALL.replace(old, new, 1))
+    with pytest.raises((StudyError, RecordError), match=message):
+        read_study(path)
+
+
+def test_a_run_brings_what_it_needs():
+    study = chosen(read_study(STUDY), ["merge-layers-adapters"])
+    assert [run.name for run in study.runs] == ["baseline", "source-4-layers", "merge-layers-adapters"]
+    assert needs(study, Cell("merge-layers-adapters", "x_div_y", 2)) == [
+        Cell("baseline", "x_div_y", 2),
+        Cell("source-4-layers", "x_div_y", 2),
+    ]
+    with pytest.raises(StudyError, match="no run 'base-line'; did you mean baseline"):
+        chosen(study, ["base-line"])
+
+
+def test_all_runs_of_a_seed_share_their_split():
+    """Otherwise a source has seen pairs that the fused network is validated on."""
+    study = read_study(STUDY)
+    for dataset in ("x_plus_y", "three_operations"):
+        everything = split_of(study, Cell("baseline", dataset, 1))
+        for run in study.runs:
+            if dataset in study.datasets_of(run) or run.name == "baseline":
+                own = split_of(study, Cell(run.name, dataset, 1))
+                assert not set(own.train.tolist()) & set(everything.validation.tolist()), run.name
+                if run.operation is None:
+                    assert torch.equal(own.train, everything.train)
+
+
+def test_what_is_made_of_trained_networks(small, tmp_path):
+    out = tmp_path / "out"
+    assert make_all(small, out, workers=1) == {}
+    for seed in range(2):
+        result = {run.name: read_result(out, Cell(run.name, "x_plus_y", seed)) for run in small.runs}
+        assert result["joined"]["start_full_val_acc"] == result["wide"]["full_val_acc"]
+        weights = {run.name: load_file(out / run.name / f"x_plus_y_{seed}" / "weights.safetensors") for run in small.runs}
+        for name, value in weights["joined"].items():
+            if is_source(name):
+                s, _, rest = name.partition(".")
+                assert torch.equal(value, weights["baseline" if s == "s0" else "wide"][f"s0.{rest}"]), name
+        assert not torch.equal(weights["concat"]["s0.layers.0.up.weight"], weights["baseline"]["s0.layers.0.up.weight"])
+        assert torch.equal(weights["both"]["s1.head.weight"], weights["wide"]["s0.head.weight"])
+        assert result["joined"]["trained_parameters"] < result["joined"]["parameters"]
+        assert result["both"]["trained_parameters"] == 0
+        assert result["both"]["step_val_acc_99"] == 0
+        assert not result["both"]["reached"]
+    info = json.loads((out / "baseline" / "final_info.json").read_text())["x_plus_y"]
+    values = info["final_info_dict"]["final_val_acc"]
+    assert info["means"]["final_val_acc_mean"] == pytest.approx(np.mean(values))
+    assert info["stderrs"]["final_val_acc_stderr"] == pytest.approx(np.std(values, ddof=1) / 2**0.5)
+    rows = summarise(small, out, read_published(ROOT / "configs" / "arithmetic" / "published.json"))
+    assert [row.run for row in rows] == [run.name for run in small.runs]
+    assert rows[0].published is None  # another modulus is another experiment
+    assert "> 30" in table(small, rows)
+    assert "not trained on" in markdown(rows)
+
+
+def test_other_settings_do_not_touch_results(small, tmp_path):
+    out = tmp_path / "out"
+    begin(small, out)
+    other = replace(small, recipe=replace(small.recipe, batch=16))
+    with pytest.raises(StudyError, match=r"other settings \(recipe.batch: 32 there, 16 here\)"):
+        begin(other, out)
+    more = replace(small, seeds=3, datasets=("x_plus_y", "x_minus_y"))
+    begin(more, out)  # these add cells
+    changed = replace(small.runs[0], model=Model((Source(2, 32, 2),)))
+    assert definition(small, small.run("joined")) != definition(
+        replace(small, runs=(changed, *small.runs[1:])), small.run("joined")
+    )
+
+
+def test_a_network_that_diverges_is_no_source(small, tmp_path):
+    """Its cell is told, what is made of it fails with a reason, and the rest goes on."""
+    wild = replace(small.run("wide"), learning_rate=1e30)
+    study = replace(small, seeds=1, runs=(small.runs[0], wild, small.run("joined")))
+    out = tmp_path / "out"
+    failed = make_all(study, out, workers=1)
+    assert list(failed) == ["joined/x_plus_y_0"]
+    assert "diverged" in failed["joined/x_plus_y_0"]
+    assert read_result(out, Cell("wide", "x_plus_y", 0))["diverged_at"] is not None
+    assert read_result(out, Cell("baseline", "x_plus_y", 0))["diverged_at"] is None
+    row = next(one for one in summarise(study, out) if one.run == "wide")
+    assert (row.diverged, row.reached) == (1, 0)
+
+
+def test_groups_are_single_cells(small, tmp_path):
+    """Cells trained together, as on a GPU, against each alone."""
+    study = chosen(small, ["joined"])
+    make_all(study, tmp_path / "alone", workers=1)
+    from eval.arithmetic.execute import _in_groups
+
+    begin(study, tmp_path / "together")
+    assert _in_groups(study, tmp_path / "together", cells(study), "cpu", lambda n: None, lambda cell, result: None) == {}
+    for cell in cells(study):
+        one, two = read_log(tmp_path / "alone", cell), read_log(tmp_path / "together", cell)
+        np.testing.assert_allclose(one[:, :4], two[:, :4], atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Averaging
+
+
+PAIRS = [
+    (Source(2, 16, 2), Source(4, 16, 2)),
+    (Source(2, 16, 2), Source(2, 32, 2)),
+    (Source(2, 16, 2), Source(2, 16, 4)),
+    (Source(2, 16, 2), Source(4, 32, 4)),
+]
+
+
+def trained_like(source, task, seed=0):
+    """Values in which nothing is 0 or 1 by construction."""
+    p = initialise(Model((source,)), task, seed)
+    return {
+        name: value + 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)) for name, value in p.items()
+    }
+
+
+def consecutive(values):
+    """The layers of a widened network numbered without gaps."""
+    numbers = sorted({int(name.split(".")[2]) for name in values if name.startswith("s0.layers.")})
+    renamed = {}
+    for name, value in values.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(numbers.index(int(parts[2])))
+        renamed[".".join(parts)] = value
+    return renamed, len(numbers)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("which", [0, 1])
+def test_widening_changes_nothing(pair, which):
+    task, wide = make_task("x_plus_y", 7), target(pair)
+    source = pair[which]
+    p = trained_like(source, task)
+    q, layers = consecutive(widened(p, source, wide))
+    s = Sequences(task.a, task.op, task.b, 7, 1)
+    model = Model((replace(wide, layers=layers),))
+    torch.testing.assert_close(logits(model, q, s), logits(Model((source,)), p, s), atol=2e-5, rtol=1e-4)
+
+
+def test_matching_finds_a_planted_order():
+    """Also that an order changes nothing that is computed, and that a wrong one is seen."""
+    task, source = make_task("x_plus_y", 7), Source(2, 16, 4)
+    p = trained_like(source, task)
+    generator = torch.Generator().manual_seed(1)
+    order = {"residual": torch.randperm(16, generator=generator)}
+    for layer in "01":
+        order[f"{layer} heads"] = torch.randperm(4, generator=generator)
+        order[f"{layer} hidden"] = torch.randperm(64, generator=generator)
+    other = permuted(p, order, source)
+    assert not torch.equal(other["s0.layers.1.up.weight"], p["s0.layers.1.up.weight"])
+    s = Sequences(task.a, task.op, task.b, 7, 1)
+    torch.testing.assert_close(logits(Model((source,)), other, s), logits(Model((source,)), p, s), atol=2e-5, rtol=1e-4)
+    found = permuted(other, matched(p, other, source), source)
+    for name, value in p.items():
+        assert torch.equal(found[name], value), name
+    mean = average([p, other], [source, source], 0)
+    for name, value in p.items():
+        torch.testing.assert_close(mean[name], value)
+    plain = average([p, other], [source, source], 0, "none")
+    assert (plain["s0.layers.0.up.weight"] - p["s0.layers.0.up.weight"]).abs().max() > 0.1
+
+
+def test_an_average_of_depths_takes_what_is_there():
+    task = make_task("x_plus_y", 7)
+    small, deep = Source(2, 16, 2), Source(4, 16, 2)
+    p, q = trained_like(small, task), trained_like(deep, task, 1)
+    found = average([p, q], [small, deep], 1, "none")
+    name = "s0.layers.{}.up.bias"
+    torch.testing.assert_close(found[name.format(0)], q[name.format(0)])  # the small one's layers stand at slots 1 and 3
+    torch.testing.assert_close(found[name.format(1)], (p[name.format(0)] + q[name.format(1)]) / 2)
+    torch.testing.assert_close(found[name.format(3)], (p[name.format(1)] + q[name.format(3)]) / 2)
+    assert num_parameters(Model((target([small, deep]),)), task) == sum(value.numel() for value in found.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def log_of(accuracies):
+    """A log with these sampled validation accuracies, every ten updates."""
+    rows = [[0, np.nan, np.nan, np.nan, np.nan, 5.0, 0.01]]
+    for i, accuracy in enumerate(accuracies):
+        full = (1.0, accuracy) if i == len(accuracies) - 1 else (np.nan, np.nan)
+        rows.append([10 * (i + 1), 0.5, 0.9, 1.0, accuracy, *full])
+    return np.array(rows, dtype=float)
+
+
+def test_a_time_that_is_not_known_is_not_a_time():
+    found = metrics(log_of([0.1, 0.99, 0.5]), 30)  # 0.99 is not above 0.99
+    assert (found["step_val_acc_99"], found["reached"], found["fell_below_99"]) == (30, False, None)
+    found = metrics(log_of([0.1, 0.995, 0.5, 1.0]), 40)
+    assert (found["step_val_acc_99"], found["reached"]) == (20, True)
+    assert found["fell_below_99"] == pytest.approx(1 / 3)
+
+
+def test_a_spike_at_the_end_does_not_decide():
+    found = metrics(log_of([0.1] * 5 + [1.0] * 30 + [0.158]), 360)
+    assert found["final_val_acc"] == 0.158
+    assert found["median_val_acc"] == 1.0
+
+
+def test_spread_is_of_the_sample():
+    one = spread([1.0, 2.0, 3.0])
+    assert (one.mean, one.count) == (2.0, 3)
+    assert one.stderr == pytest.approx(1 / 3**0.5)
+    assert str(spread([2.0])) == "2"
+    info = final_info({"x": [{**dict.fromkeys(("final_train_loss", "final_val_loss", "final_train_acc", "final_val_acc"), None),
+                              "step_val_acc_99": 7.0}]})  # fmt: skip
+    assert info["x"]["means"]["final_val_acc_mean"] is None
+
+
+def write_cell(out, run, seed, step, reached=True):
+    folder = out / run / f"x_plus_y_{seed}"
+    folder.mkdir(parents=True)
+    found = dict.fromkeys(("final_train_loss", "final_val_loss", "final_train_acc", "final_val_acc", "median_val_acc",
+                           "full_val_acc", "start_full_val_acc"), 0.5)  # fmt: skip
+    found |= {"run": run, "dataset": "x_plus_y", "seed": seed, "updates": 7500, "step_val_acc_99": step, "reached": reached,
+              "diverged_at": None, "parameters": 1, "trained_parameters": 1, "gflop_per_update": 1.0, "cpu_s": 1.0}  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(found))
+
+
+def test_the_table_pairs_counts_and_compares(tmp_path):
+    study = chosen(read_study(STUDY), ["baseline", "feature-fusion-basic-parallel"])
+    for seed, (a, b) in enumerate([(3000, 2900), (2000, 1910), (2500, 2390)]):
+        write_cell(tmp_path, "baseline", seed, a)
+        write_cell(tmp_path, "feature-fusion-basic-parallel", seed, b)
+    base, fused = summarise(study, tmp_path, read_published(ROOT / "configs" / "arithmetic" / "published.json"))
+    assert fused.paired.value == pytest.approx(-100)
+    assert fused.paired.high < 0
+    assert fused.verdict == "earlier"
+    assert fused.z == pytest.approx(-100 / (500 * (2 / 3) ** 0.5))
+    assert base.z is None
+    assert fused.published["step_val_acc_99"] == 1890
+    assert fused.published_z == pytest.approx((1890 - 2454) / (440 * (1 / 3 + 1 / 18) ** 0.5))
+    assert "earlier" in markdown([base, fused])
+    path = tmp_path / "feature-fusion-basic-parallel" / "x_plus_y_2" / "result.json"
+    path.write_text(path.read_text().replace("2390", "7500").replace('"reached": true', '"reached": false'))
+    _, censored = summarise(study, tmp_path)
+    assert censored.reached == 2
+    assert censored.steps == (2900, 1910, None)
+    assert censored.z is None  # one time is unknown
+    assert censored.paired is None
+
+
+def test_flops_are_those_of_the_definition():
+    """2 x 3 x multiply-adds of a forward pass, distinct rows once: 4 n, 1 to 4 rows of the batch."""
+    study = read_study(STUDY)
+    task, d, n, b = make_task("x_plus_y"), 128, 97, 512
+    first = 3 * d * d * (2 * n + 2) + 9 * d * d * (2 * n + 2 * b)
+    last = 2 * d * d * (2 * n + 2 * b) + d * d * b + 9 * d * d * b
+    forward = 2 * (first + last + d * n * b)
+    found = flops_per_update(study.run("baseline"), task, study.recipe)
+    assert found == pytest.approx(3 * forward, rel=0.01)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scripts
+
+
+@pytest.fixture
+def run(tmp_path):
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    (tmp_path / "small.yaml").write_text(SMALL)
+
+    def call(script, *arguments, status=0, wait=True):
+        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+        if not wait:
+            return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+def test_the_scripts(run, tmp_path):
+    done = run("arithmetic", "--config", "small.yaml", "--runs", "joined", "--out", "out", "--workers", 1)
+    assert json.loads(done.stdout.splitlines()[-1]) == {"out": "out", "cells": 6, "failed": 0}
+    figures = sorted((tmp_path / "out" / "plots").glob("*.png"))
+    quantities = ["train_acc", "train_loss", "val_acc", "val_loss"]
+    assert [one.stem for one in figures] == [f"{one}_x_plus_y" for one in quantities]
+    with figures[0].with_suffix(".csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["run"] for row in rows} == {"baseline", "wide", "joined"}
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert all(f'src="plots/{one.name}"' in html for one in figures)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("result.json")}
+    again = run("arithmetic", "--config", "small.yaml", "--runs", "joined", "--out", "out", "--workers", 1)
+    assert again.stdout == done.stdout
+    assert {path: path.read_bytes() for path in before} == before  # nothing is made twice
+    for path in figures:
+        path.unlink()
+    run("plot_arithmetic", "out", "--config", "small.yaml", "--runs", "joined", "--log-x")
+    assert all(path.exists() for path in figures)
+    listed = run("arithmetic", "--dry-run", "--runs", "merge-all-adapters", "--datasets", "x_div_y")
+    assert "4,374,631" in listed.stdout
+    assert "779,111" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--runs", "base"], 1, "no run 'base'; did you mean baseline"),
+        (["--datasets", "x_plus"], 1, "no data set 'x_plus'; did you mean x_plus_y"),
+        (["--datasets", "x_div_y", "--modulus", "12"], 1, "prime modulus, found 12"),
+        (["--runs", "only-plus", "--datasets", "x_plus_y"], 1, "there are no runs"),
+        (["--config", "nothing.yaml"], 1, "nothing.yaml cannot be read"),
+        (["--seeds", "0"], 2, "--seeds is 0"),
+        (["--device", "cuda:9"], 1, "cannot be used here"),
+    ],
+)
+def test_wrong_input_is_one_line(run, tmp_path, arguments, status, said):
+    done = run("arithmetic", *arguments, "--out", "out", status=status)
+    *usage, message = done.stderr.strip().splitlines()
+    assert said in message
+    assert bool(usage) == (status == 2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_killed_and_run_again_is_as_if_never_killed(run, tmp_path):
+    arguments = ("--config", "small.yaml", "--runs", "wide", "--steps", 600, "--seeds", 1, "--workers", 1, "--no-plots")
+    run("arithmetic", *arguments, "--out", "whole")
+    process = run("arithmetic", *arguments, "--out", "killed", wait=False)
+    log = tmp_path / "killed" / "wide" / "definition.json"
+    deadline = time.monotonic() + 120
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(3.0)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    run("arithmetic", *arguments, "--out", "killed")
+    cell = "wide/x_plus_y_0"
+    assert (tmp_path / "killed" / cell / "log.csv").read_text() == (tmp_path / "whole" / cell / "log.csv").read_text()
+    one, two = (load_file(tmp_path / name / cell / "weights.safetensors") for name in ("whole", "killed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not list((tmp_path / "killed").rglob("*checkpoint*"))
