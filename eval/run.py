@@ -22,6 +22,7 @@ from .stats import perplexity
 TEXT_WINDOW = 1024  # tokens that are predicted from each other; the usual short window, so that figures compare
 CHARACTERS_PER_TOKEN, SPARE_TOKENS = 8, 64  # how much of a text is tokenised for its first tokens, at first
 MIN_TEXT_TOKENS = 2  # one is given, the others are predicted
+OWN_TASKS = Path(__file__).parent / "tasks"
 TEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 
@@ -210,12 +211,12 @@ def run_tasks(
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
-    """lm-eval's task manager, found to know all these tasks: its own, and those in YAML files in `include_path`.
+    """lm-eval's task manager, found to know all these tasks: its own, ours, and those in YAML files in `include_path`.
 
     Raises:
         DataError: an unknown task; the nearest names are suggested.
     """
-    manager = _Manager(include_path=str(include_path) if include_path else None)
+    manager = _Manager(include_path=[str(path) for path in (OWN_TASKS, include_path) if path is not None])
     for name in names:
         if not manager.match_tasks([name]):
             raise DataError(f"lm-eval has no task {name!r}{near(name, manager.all_tasks)}")
