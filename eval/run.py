@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -210,6 +211,11 @@ def run_tasks(
     return found
 
 
+def own_tasks(**metadata: Any) -> TaskManager:
+    """A task manager that knows only the tasks of this project, and hands them `metadata` to make their data from."""
+    return _Manager(include_defaults=False, include_path=str(OWN_TASKS), metadata=metadata)
+
+
 def find_tasks(names: Sequence[str], include_path: Path | None = None) -> TaskManager:
     """lm-eval's task manager, found to know all these tasks: its own, ours, and those in YAML files in `include_path`.
 
@@ -238,11 +244,20 @@ class _Manager(TaskManager):
     """lm-eval's task manager, whose many errors while tasks and their data are loaded become one of ours."""
 
     def load(self, task_list: Any) -> Any:
+        said = logging.getLogger("lm_eval.api.task")
+        said.addFilter(_is_no_hint)
         try:
             return super().load(task_list)
         except Exception as error:  # data that cannot be had, wrong YAML, code of a task: anything may come
             what = f"{type(error).__name__}: {short(error)}"
             raise DataError(f"the tasks {', '.join(task_list)} or their data cannot be loaded ({what})") from error
+        finally:
+            said.removeFilter(_is_no_hint)
+
+
+def _is_no_hint(record: logging.LogRecord) -> bool:
+    """Not lm-eval's hint at an option of its own command line."""
+    return "--metadata" not in record.getMessage()
 
 
 @contextmanager

@@ -53,6 +53,10 @@ def add_study_options(result: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Reads the study, makes its cells, prints and draws."""
     check_positive(arguments, "workers")
+    from eval.arithmetic.hugging_face import is_grid
+
+    if is_grid(arguments.config):
+        return hugging_face(arguments)
     from eval.arithmetic.execute import make_all, read_result
     from eval.arithmetic.report import read_published, summarise, table, write_report
     from eval.arithmetic.study import cells
@@ -94,6 +98,32 @@ def main(arguments: argparse.Namespace) -> int:
         logging.error("%s: %s", folder, message)
     print(json.dumps({"out": str(arguments.out), "cells": len(cells(study)) - len(failed), "failed": len(failed)}))
     return 1 if failed else 0
+
+
+def hugging_face(arguments: argparse.Namespace) -> int:
+    """Trains small models of several families, fuses their layers and scores them."""
+    from eval.arithmetic.hugging_face import grid_cells, grid_table, make_cell, plans, read_grid
+    from eval.results import write_whole
+
+    for option in ("runs", "datasets", "seeds", "steps", "modulus"):
+        if getattr(arguments, option) is not None:
+            raise UsageError(f"--{option} is of the study's own networks; change {arguments.config} instead")
+    grid = read_grid(arguments.config, CONFIGS)
+    todo = grid_cells(grid)
+    if arguments.dry_run:
+        print("\n".join([*(cell.folder for cell in todo), "each: trained, " + ", ".join(plans(grid))]))
+        return 0
+    scores = {}
+    with counter("training", "update", len(todo) * grid.training.updates, arguments.quiet) as bar:
+        for cell in todo:
+            bar.set_postfix_str(cell.folder)
+            scores[cell] = make_cell(grid, cell, arguments.out, CONFIGS, bar.update)
+            logging.info("%s: %s", cell.folder, scores[cell])
+    table = grid_table(grid, scores)
+    write_whole(arguments.out / "table.md", table)
+    print(table, end="")
+    print(json.dumps({"out": str(arguments.out), "cells": len(todo)}))
+    return 0
 
 
 def find_study(arguments: argparse.Namespace) -> Any:

@@ -46,8 +46,8 @@ def plans(layers):
     }
 
 
-def model_logits(folder, tokens, first):
-    model = load(folder)
+def model_logits(folder, tokens, first, dtype=torch.float32):
+    model = load(folder).to(dtype)
     parts = []
     with torch.inference_mode():
         for one, start in zip(tokens, first, strict=True):
@@ -86,8 +86,12 @@ def test_logits_are_those_of_the_fused_checkpoint(name, limits, tiny_cache, tmp_
             tokens, first, cut, lambda numbers, logits, seen=seen: seen.update(zip(numbers, logits, strict=True))
         )
         original = torch.stack([seen[i] for i in range(states.num_answers)])
-        noise = 1e-3 if name == "gemma3-1b" else 2e-4  # float32 alone is that far from float64 with Gemma 3's large logits
-        torch.testing.assert_close(original, model_logits(source.folder, tokens, first), atol=noise, rtol=1e-4)
+        reference = model_logits(source.folder, tokens, first)
+        # Gemma 3's twin has large logits: transformers' own float32 is up to 1e-3 from float64, more on some processors.
+        rounding = (reference.double() - model_logits(source.folder, tokens, first, torch.float64)).abs().max().item()
+        noise = max(2e-4, 3 * rounding)
+        assert noise < 1e-2
+        torch.testing.assert_close(original, reference, atol=noise, rtol=1e-4)
         out = tmp_path / kind
         merge_checkpoint(plan, source, out, Options(dtype="float32", allow_mixed_attention=True))
         expected = model_logits(out, tokens, first)

@@ -116,7 +116,7 @@ def read_study(path: Path) -> Study:
         StudyError: the file cannot be read, or what it says is not possible; all problems that can be seen at once.
     """
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
     except OSError as error:
         raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -211,7 +211,7 @@ def digest(study: Study, run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

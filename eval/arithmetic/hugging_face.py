@@ -1,0 +1,275 @@
+"""The toolkit's own layer fusion on small Hugging Face models trained on the study's data sets.
+
+Every family is built by transformers from its real config with small sizes, trained on questions as text with loss on the
+answer alone, and written as an ordinary folder. Then `merge` makes smaller models of it as of any checkpoint, and lm-eval
+scores all of them on the same validation pairs. Folders are the unit of resuming: each is whole or not there.
+
+Fusion of features across models has its place here too: another maker of folders beside `plans`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional
+
+from merge.api import Options, merge_checkpoint
+from merge.methods import plan_from_method
+from merge.plan import Plan
+from merge.publish import new_folder
+from merge.records import Fields, read_json
+from merge.similarity import fold_top
+from merge.source import Source
+
+from ..errors import StudyError, near
+from ..load import load_model
+from ..results import write_whole
+from ..run import own_tasks, run_tasks
+from ..stats import stderr
+from .study import UniqueKeys
+from .tasks import generator, make_task, split
+from .text import SYMBOLS, question, words
+
+UNKNOWN, END = "<unk>", "<end>"
+BATCH = 64  # questions that are scored at once
+
+
+@dataclass(frozen=True)
+class Size:
+    """What replaces a real model's sizes."""
+
+    hidden_size: int = 64
+    intermediate_size: int = 256
+    num_attention_heads: int = 4
+    num_hidden_layers: int = 6
+
+
+@dataclass(frozen=True)
+class Training:
+    """AdamW on all training pairs at once."""
+
+    updates: int = 1500
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.5
+    warmup: int = 50
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Families x data sets x seeds, and what is made of each."""
+
+    families: tuple[str, ...]
+    datasets: tuple[str, ...]
+    seeds: int = 1
+    modulus: int = 13
+    permuted: int = 3
+    fraction: float = 0.8
+    layers: tuple[int, ...] = (1, 2)
+    alphas: tuple[float, ...] = (0.5,)
+    size: Size = field(default_factory=Size)
+    training: Training = field(default_factory=Training)
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a configuration is of this kind rather than of the study's own networks."""
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # whoever reads it as a study says what is wrong
+    return isinstance(content, dict) and "families" in content
+
+
+def read_grid(path: Path, configs: Path) -> Grid:
+    """The grid that a file describes; families are names in `configs`/models.
+
+    Raises:
+        StudyError, RecordError: what is wrong with it.
+    """
+    content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+    found = Fields(str(path))
+    version, families, datasets, layers, alphas, size, training, *rest = found.take(
+        content, schema_version=int, families=list, datasets=list, layers=(list, None), alphas=(list, None),
+        size=(dict, None), training=(dict, None), seeds=(int, None), modulus=(int, None), permuted=(int, None),
+        fraction=(float, None),
+    )  # fmt: skip
+    found.check_version(version)
+    sizes, settings = _numbers(found, "size", size, Size), _numbers(found, "training", training, Training)
+    found.done()
+    given = dict(zip(("seeds", "modulus", "permuted", "fraction"), rest, strict=True))
+    if layers is not None:
+        given["layers"] = tuple(layers)
+    if alphas is not None:
+        given["alphas"] = tuple(alphas)
+    grid = Grid(
+        tuple(map(str, families)), tuple(map(str, datasets)), size=Size(**sizes), training=Training(**settings),
+        **{key: value for key, value in given.items() if value is not None},
+    )  # fmt: skip
+    known = sorted(one.stem for one in (configs / "models").glob("*.json"))
+    for family in grid.families:
+        if family not in known:
+            raise StudyError(f"there is no model {family!r}{near(family, known)}")
+    for dataset in grid.datasets:
+        if dataset not in SYMBOLS:
+            raise StudyError(f"there is no data set {dataset!r} as text{near(dataset, SYMBOLS)}")
+        split(make_task(dataset, grid.modulus, grid.permuted), 0, grid.fraction)
+    for number in grid.layers:
+        if not isinstance(number, int) or not 1 <= number < grid.size.num_hidden_layers:
+            raise StudyError(f"{number!r} layers cannot be removed from {grid.size.num_hidden_layers}")
+    return grid
+
+
+def _numbers(found: Fields, what: str, content: Any, kind: type) -> dict[str, Any]:
+    names = {key.name: type(key.default) for key in fields(kind)}
+    values = found.take(content or {}, what, **{key: (number, None) for key, number in names.items()})
+    return {key: value for key, value in zip(names, values, strict=True) if value is not None}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One family on one data set from one seed."""
+
+    family: str
+    dataset: str
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Of its models, within the grid's."""
+        return f"{self.family}/{self.dataset}_{self.seed}"
+
+
+def grid_cells(grid: Grid) -> list[Cell]:
+    """All of them."""
+    return [Cell(family, dataset, seed) for family in grid.families for dataset in grid.datasets for seed in range(grid.seeds)]
+
+
+def plans(grid: Grid) -> dict[str, Plan]:
+    """What is made of every trained model: fusions of the top layers, and the same layers dropped."""
+    total = grid.size.num_hidden_layers
+    found = {}
+    for removed in grid.layers:
+        for alpha in grid.alphas:
+            name = f"fused-{removed}-alpha-{alpha:g}"
+            found[name] = fold_top([alpha] * removed, total, name)
+        found[f"dropped-{removed}"] = plan_from_method("drop-last", total, total - removed)
+    return found
+
+
+def make_cell(grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callable[[int], None]) -> dict[str, float]:
+    """Trains, merges and scores what is not there yet; name of a model -> validation accuracy."""
+    folder = out / cell.folder
+    identity = json.dumps([asdict(grid.size), asdict(grid.training), grid.modulus, grid.permuted, grid.fraction, asdict(cell)])
+    trained = folder / "trained"
+    if not trained.exists():
+        with new_folder(trained) as scratch:
+            train_family(grid, cell, scratch, configs, progress)
+            (scratch / "grid.json").write_text(identity + "\n")
+    else:
+        progress(grid.training.updates)
+        if (trained / "grid.json").read_text().strip() != identity:
+            raise StudyError(f"{trained} was trained with other settings; give another --out, or remove that folder")
+    scores = {"trained": score(grid, cell, trained)}
+    # Gemma 2's layers attend in windows by turns; questions are shorter than any window.
+    options = Options(dtype="float32", allow_mixed_attention=True)
+    for name, plan in plans(grid).items():
+        target = folder / name
+        if not target.exists():
+            merge_checkpoint(plan, Source(str(trained), trained), target, options)
+        scores[name] = score(grid, cell, target)
+    write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def train_family(grid: Grid, cell: Cell, folder: Path, configs: Path, progress: Callable[[int], None]) -> None:
+    """Writes a trained model and its tokenizer into `folder`."""
+    task = make_task(cell.dataset, grid.modulus, grid.permuted)
+    tokenizer = word_tokenizer(words(task, grid.permuted), SYMBOLS[cell.dataset])
+    record = read_json(configs / "models" / f"{cell.family}.json")["config"]
+    config = transformers.AutoConfig.for_model(**small_config(record, grid.size, len(tokenizer), tokenizer))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator(cell.seed, "init", cell.family))))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    parts, written = split(task, cell.seed, grid.fraction), words(task, grid.permuted)
+    texts = []
+    for a, b, answer in zip(*(x[parts.train].tolist() for x in (task.a, task.b, task.answer)), strict=True):
+        texts.append(f"{question(task, written[a], written[b])} {written[answer]}")
+    tokens = torch.tensor(tokenizer(texts)["input_ids"])
+    recipe = grid.training
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
+    )
+    model.train()
+    for update in range(recipe.updates):
+        optimiser.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, (update + 1) / max(1, recipe.warmup))
+        logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=1).logits[:, -1]
+        loss = functional.cross_entropy(logits, tokens[:, -1])
+        if not math.isfinite(loss.item()):
+            raise StudyError(f"{cell.folder}: the loss is no longer a number at update {update + 1}")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        progress(1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def small_config(config: Mapping[str, Any], size: Size, vocabulary: int, tokenizer: Any) -> dict[str, Any]:
+    """A real model's config with small sizes; head sizes and groups of keys keep their proportions."""
+    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
+    small = dict(config) | asdict(size)
+    small |= {
+        "num_key_value_heads": max(1, size.num_attention_heads * kv_heads // heads),
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 64,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id),
+    }
+    if config.get("head_dim"):
+        small["head_dim"] = size.hidden_size // size.num_attention_heads
+    if config.get("query_pre_attn_scalar"):
+        small["query_pre_attn_scalar"] = size.hidden_size // size.num_attention_heads
+    if "original_max_position_embeddings" in config:
+        small["original_max_position_embeddings"] = 64
+    small.pop("rope_scaling", None)  # positions are few
+    small.pop("torch_dtype", None)
+    return small
+
+
+def word_tokenizer(symbols: Sequence[str], operator: str) -> Any:
+    """One token for every word of the questions."""
+    vocabulary = dict.fromkeys([UNKNOWN, END, operator, "mod", "=", *symbols])
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END, bos_token=END, pad_token=END
+    )
+
+
+def score(grid: Grid, cell: Cell, folder: Path) -> float:
+    """A folder's accuracy on all validation pairs, by lm-eval's task arithmetic_DATASET with this grid's numbers."""
+    name = f"arithmetic_{cell.dataset}"
+    manager = own_tasks(seed=cell.seed, modulus=grid.modulus, permuted=grid.permuted, fraction=grid.fraction)
+    lm, _ = load_model(Source(str(folder), folder).checkpoint(), "cpu", "float32", batch_size=BATCH)
+    found = run_tasks(lm, [name], manager=manager, answered=lambda requests: None)
+    assert found is not None  # there is one process
+    return float(found["results"][name]["acc,none"])
+
+
+def grid_table(grid: Grid, scores: Mapping[Cell, Mapping[str, float]]) -> str:
+    """Markdown: a row per family and data set, a column per model; means over seeds."""
+    names = ["trained", *plans(grid)]
+    lines = ["| family | data set | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
+    for family in grid.families:
+        for dataset in grid.datasets:
+            several = [one for cell, one in scores.items() if (cell.family, cell.dataset) == (family, dataset)]
+            if several:
+                columns = [[one[name] for one in several] for name in names]
+                means = [f"{sum(x) / len(x):.3f}" + (f" +- {stderr(x):.2g}" if len(x) > 1 else "") for x in columns]
+                lines.append(f"| {family} | {dataset} | " + " | ".join(means) + " |")
+    return "\n".join(lines) + "\n"
