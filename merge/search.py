@@ -6,6 +6,7 @@ dominates a mixture decides more than its exact share. The loss is an argument; 
 
 import importlib
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 METHODS = ("gradient", "gp", "tpe")
 LEARNING_RATE = 0.03
 HEARTBEAT_S, GRACE_S = 10, 40  # a worker that gives no sign of life for so long is dead; its trial is run again
+OPENING_ATTEMPTS, OPENING_PAUSE_S = 3, 1.0  # of a database whose tables another worker may be making
 GIVEN = "given"  # attribute of trials that are starts
 LIMIT = "limit"  # name of the constraint that a trial may miss
 
@@ -225,15 +227,7 @@ def open_study(storage: str | None, name: str, settings: Mapping[str, Any], *, r
     library = importlib.import_module("optuna")
     library.logging.set_verbosity(library.logging.WARNING)
     try:
-        backend: Any = storage
-        if storage is not None and storage.endswith(".log"):
-            backend = library.storages.JournalStorage(library.storages.journal.JournalFileBackend(storage))
-        elif storage is not None:
-            with _experiments_allowed():
-                retry = library.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
-                backend = library.storages.RDBStorage(
-                    storage, heartbeat_interval=HEARTBEAT_S, grace_period=GRACE_S, heartbeat_stale_trial_callback=retry
-                )
+        backend = _backend(library, storage)
         study: optuna.Study = library.create_study(study_name=name, storage=backend, direction="minimize", load_if_exists=True)
     except Exception as error:  # many libraries' own errors, by backend
         first = str(error).strip().partition("\n")[0]
@@ -243,6 +237,23 @@ def open_study(storage: str | None, name: str, settings: Mapping[str, Any], *, r
         raise SearchError(f"the study {name!r} is in {storage} already; give --resume to go on with it, or another --name")
     _check_settings(study, settings)
     return study
+
+
+def _backend(optuna: Any, storage: str | None) -> Any:
+    """What Optuna calls a storage; two workers may make a new database's tables at once, and one of them is too late then."""
+    if storage is None:
+        return None
+    if storage.endswith(".log"):
+        return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(storage))
+    with _experiments_allowed():
+        retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3)
+        options = {"heartbeat_interval": HEARTBEAT_S, "grace_period": GRACE_S, "heartbeat_stale_trial_callback": retry}
+        for _ in range(OPENING_ATTEMPTS - 1):
+            try:
+                return optuna.storages.RDBStorage(storage, **options)
+            except Exception:  # of the database's own library; the last attempt's is what the user sees
+                time.sleep(OPENING_PAUSE_S)
+        return optuna.storages.RDBStorage(storage, **options)
 
 
 def _check_settings(study: "optuna.Study", settings: Mapping[str, Any]) -> None:

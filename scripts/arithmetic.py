@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def main(arguments: argparse.Namespace) -> int:
     todo = [cell for cell in cells(study) if read_result(arguments.out, cell) is None]
     total = sum(study.recipe_of(study.run(cell.run)).updates for cell in todo)
     logging.info("%d of %d cells to make, %s updates", len(todo), len(cells(study)), f"{total:,}")
+    started = time.perf_counter()
     with counter("training", "update", total, arguments.quiet) as bar:
 
         def finished(cell: Any, result: Any) -> None:
@@ -91,11 +93,16 @@ def main(arguments: argparse.Namespace) -> int:
         failed = make_all(
             study, arguments.out, workers=workers, device=device, compiled=compiled, progress=bar.update, finished=finished
         )
+    seconds = time.perf_counter() - started
     rows = summarise(study, arguments.out, read_published(PUBLISHED))
     write_report(study, arguments.out, rows, plots=not arguments.no_plots)
     print(table(study, rows))
     for folder, message in failed.items():
         logging.error("%s: %s", folder, message)
+    if todo:
+        logging.warning(
+            "%s updates in %.0f s on %s", f"{total:,}", seconds, f"{workers} processes" if device == "cpu" else device
+        )
     print(json.dumps({"out": str(arguments.out), "cells": len(cells(study)) - len(failed), "failed": len(failed)}))
     return 1 if failed else 0
 

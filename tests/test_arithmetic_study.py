@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +24,8 @@ from eval.arithmetic.models import Model, Source, initialise, logits, num_parame
 from eval.arithmetic.report import markdown, read_published, summarise, table
 from eval.arithmetic.results import final_info, metrics, spread
 from eval.arithmetic.study import Cell, cells, chosen, definition, needs, read_study
-from eval.arithmetic.tasks import make_task
+from eval.arithmetic.tasks import make_task, split
+from eval.arithmetic.text import documents
 from eval.errors import StudyError
 from merge.errors import RecordError
 
@@ -417,11 +419,88 @@ def test_killed_and_run_again_is_as_if_never_killed(run, tmp_path):
     while not log.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     time.sleep(3.0)
+    workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.communicate()
+    assert not psutil.wait_procs(workers, timeout=20)[1]  # none goes on beside the next run's
     run("arithmetic", *arguments, "--out", "killed")
     cell = "wide/x_plus_y_0"
     assert (tmp_path / "killed" / cell / "log.csv").read_text() == (tmp_path / "whole" / cell / "log.csv").read_text()
     one, two = (load_file(tmp_path / name / cell / "weights.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not list((tmp_path / "killed").rglob("*checkpoint*"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As text, and in Hugging Face models
+
+GRID = """
+schema_version: 1
+families: [llama3-8b, mistral-7b, gemma2-2b, phi3-mini]
+datasets: [x_plus_y]
+modulus: 5
+size: {hidden_size: 16, intermediate_size: 32, num_attention_heads: 4, num_hidden_layers: 4}
+training: {updates: 60, warmup: 5}
+layers: [1]
+alphas: [0.62, 1.0]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "answer"), [("x_minus_y", "3 - 5 mod 7 =", "5"), ("permutation", "120 o 102 =", "210")]
+)
+def test_pairs_as_text(name, text, answer):
+    found = documents(name, seed=1, modulus=7, permuted=3, version=1.0)
+    both = [*found["train"], *found["validation"]]
+    assert len(both) == len(make_task(name, 7, 3))
+    (one,) = [document for document in both if document["question"] == text]
+    assert one["choices"][one["answer"]] == answer
+
+
+def test_lm_eval_asks_what_the_study_validates_on():
+    from eval.run import own_tasks
+
+    found = own_tasks(modulus=7, seed=2, fraction=0.5).load(["arithmetic_x_div_y"])["tasks"]["arithmetic_x_div_y"]
+    task, parts = make_task("x_div_y", 7), split(make_task("x_div_y", 7), 2)
+    asked = [found.doc_to_text(document) for document in found.test_docs()]
+    assert asked == [f"{int(task.a[i])} / {int(task.b[i])} mod 7 =" for i in parts.validation]
+    document = found.test_docs()[0]
+    assert found.doc_to_choice(document) == [str(i) for i in range(7)]
+    assert found.doc_to_target(document) == int(task.answer[parts.validation[0]])
+
+
+def test_small_models_of_every_family_are_trained_fused_and_scored(run, tmp_path):
+    (tmp_path / "grid.yaml").write_text(GRID)
+    done = run("arithmetic", "--config", "grid.yaml", "--out", "hf")
+    assert json.loads(done.stdout.splitlines()[-1]) == {"out": "hf", "cells": 4}
+    for family in ("llama3-8b", "mistral-7b", "gemma2-2b", "phi3-mini"):
+        folder = tmp_path / "hf" / family / "x_plus_y_0"
+        scores = json.loads((folder / "scores.json").read_text())
+        assert list(scores) == ["trained", "fused-1-alpha-0.62", "fused-1-alpha-1", "dropped-1"]
+        assert scores["fused-1-alpha-1"] == scores["dropped-1"]  # an alpha of 1 keeps the lower layer alone
+        trained, fused = (load_file(folder / name / "model.safetensors") for name in ("trained", "fused-1-alpha-0.62"))
+        name = "model.layers.{}.mlp.down_proj.weight"
+        expected = 0.62 * trained[name.format(2)] + 0.38 * trained[name.format(3)]
+        torch.testing.assert_close(fused[name.format(2)], expected)
+    assert done.stdout.count("| x_plus_y |") == 4
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "hf").rglob("*.safetensors")}
+    again = run("arithmetic", "--config", "grid.yaml", "--out", "hf")
+    assert again.stdout == done.stdout
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    (tmp_path / "grid.yaml").write_text(GRID.replace("updates: 60", "updates: 61"))
+    assert "trained with other settings" in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("llama3-8b", "llama3-8", "no model 'llama3-8'; did you mean llama3-8b"),
+        ("[x_plus_y]", "[three_operations]", "no data set 'three_operations' as text"),
+        ("layers: [1]", "layers: [4]", "4 layers cannot be removed from 4"),
+        ("modulus: 5", "modulos: 5", "unknown key 'modulos'"),
+    ],
+)
+def test_a_wrong_grid_is_refused(run, tmp_path, old, new, said):
+    (tmp_path / "grid.yaml").write_text(GRID.replace(old, new))
+    assert said in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
+    assert not (tmp_path / "hf").exists()

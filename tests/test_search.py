@@ -183,6 +183,24 @@ def test_resumed_is_the_same_as_uninterrupted(tmp_path):
         open_study("nonsense://x", "s", {}, resume=False)
 
 
+def test_a_worker_that_comes_too_late_to_make_the_tables_tries_again(tmp_path, monkeypatch):
+    """PostgreSQL refuses the second of two workers that make them at once."""
+    import optuna
+
+    calls = []
+
+    class Late(optuna.storages.RDBStorage):
+        def __init__(self, *arguments, **options):
+            calls.append(arguments)
+            if len(calls) == 1:
+                raise RuntimeError("duplicate key value")
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Late)
+    assert open_study(f"sqlite:///{tmp_path / 'late.db'}", "s", {}, resume=False).trials == []
+    assert len(calls) == 2
+
+
 def test_points_beyond_a_limit_are_not_kept():
     """Gradients may pass through them; what is kept holds the limit, and nothing is kept where nothing does."""
 

@@ -122,6 +122,9 @@ def read_grid(path: Path, configs: Path) -> Grid:
     for number in grid.layers:
         if not isinstance(number, int) or not 1 <= number < grid.size.num_hidden_layers:
             raise StudyError(f"{number!r} layers cannot be removed from {grid.size.num_hidden_layers}")
+    if grid.size.hidden_size % grid.size.num_attention_heads:
+        raise StudyError(f"{grid.size.num_attention_heads} heads do not divide the width {grid.size.hidden_size}")
+    plans(grid)  # alphas that cannot be are refused before anything is trained
     return grid
 
 
