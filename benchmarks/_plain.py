@@ -57,28 +57,28 @@ class Network(nn.Module):
         return found
 
 
-def copy_weights(network: Network, parameters: Mapping[str, torch.Tensor]) -> None:
-    """Gives a network the values of a plain source, its operator's token being 0 and "=" being 1."""
-    values = {
-        "tokens.weight": parameters["s0.embedding.tokens"],
-        "positions.weight": parameters["s0.embedding.positions"],
-        "norm.weight": parameters["s0.norm.weight"],
-        "norm.bias": parameters["s0.norm.bias"],
-        "head.weight": parameters["s0.head.weight"],
-        "head.bias": parameters["s0.head.bias"],
-    }
-    for i in range(len(network.layers)):
-        own, other = f"layers.{i}", f"s0.layers.{i}"
-        for kind in ("weight", "bias"):
-            values |= {
-                f"{own}.attention.in_proj_{kind}": parameters[f"{other}.attention.qkv.{kind}"],
-                f"{own}.attention.out_proj.{kind}": parameters[f"{other}.attention.out.{kind}"],
-                f"{own}.attention_norm.{kind}": parameters[f"{other}.attention_norm.{kind}"],
-                f"{own}.mlp.0.{kind}": parameters[f"{other}.up.{kind}"],
-                f"{own}.mlp.2.{kind}": parameters[f"{other}.down.{kind}"],
-                f"{own}.mlp_norm.{kind}": parameters[f"{other}.mlp_norm.{kind}"],
+def plain_names(parameters: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Names of a network's parameters -> those of a plain source, its operator's token being 0 and "=" being 1."""
+    names = {"tokens.weight": "s0.embedding.tokens", "positions.weight": "s0.embedding.positions"}
+    layers = {name.split(".")[2] for name in parameters if name.startswith("s0.layers.")}
+    for kind in ("weight", "bias"):
+        names |= {f"norm.{kind}": f"s0.norm.{kind}", f"head.{kind}": f"s0.head.{kind}"}
+        for i in layers:
+            own, other = f"layers.{i}", f"s0.layers.{i}"
+            names |= {
+                f"{own}.attention.in_proj_{kind}": f"{other}.attention.qkv.{kind}",
+                f"{own}.attention.out_proj.{kind}": f"{other}.attention.out.{kind}",
+                f"{own}.attention_norm.{kind}": f"{other}.attention_norm.{kind}",
+                f"{own}.mlp.0.{kind}": f"{other}.up.{kind}",
+                f"{own}.mlp.2.{kind}": f"{other}.down.{kind}",
+                f"{own}.mlp_norm.{kind}": f"{other}.mlp_norm.{kind}",
             }
-    network.load_state_dict(values)
+    return names
+
+
+def copy_weights(network: Network, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Gives a network the values of a plain source."""
+    network.load_state_dict({name: parameters[key] for name, key in plain_names(parameters).items()})
 
 
 class Training:

@@ -19,6 +19,7 @@ from .families import FAMILIES, GROUPS
 from .plan import Plan, Row, Step, compose, sensitivities, stick_breaking, unit_row
 
 ALPHA_EDGE = 0.01  # a gradient starts this far from alphas of 0 and 1, where it would vanish
+SMALLEST_NORM = 0.01  # factor of a layer's own norm
 COEFFICIENT_BOUNDS = (-0.5, 1.5)  # for searches that need bounds; best ones found by gradient lie well within
 
 
@@ -129,8 +130,13 @@ class Coefficients:
             for i, row in enumerate(self.rows)
             if row.mixed
             for group in self.groups
+            if self._searched(row, group)
             for layer in row.layers
         )
+
+    def _searched(self, row: RowSpec, group: str) -> bool:
+        """Not where only one value is possible: a single coefficient of norms that must sum to 1."""
+        return len(row.layers) > 1 or GROUPS[group] != "norm" or not self.norms_sum_to_one
 
     def bound(self, u: torch.Tensor) -> torch.Tensor:
         return u
@@ -145,9 +151,13 @@ class Coefficients:
                 continue
             table = {}
             for group in self.groups:
+                if not self._searched(row, group):
+                    continue
                 c = x[start : start + len(row.layers)]
                 start += len(row.layers)
-                if GROUPS[group] == "norm":
+                if GROUPS[group] == "norm" and len(row.layers) == 1:  # a factor for the layer's own norm
+                    c = c + (c.clamp(min=SMALLEST_NORM) - c).detach()
+                elif GROUPS[group] == "norm":
                     # Gradients pass as if there were no clamp: what was pushed below zero can come back.
                     c = c + (c.clamp(min=0.0) - c).detach()
                     if self.norms_sum_to_one or not bool((c > 0).any()):
@@ -164,8 +174,11 @@ class Coefficients:
                 rows.append(unit_row(row.base))
                 continue
             table = next(mixed)
-            mixes = {group: dict(zip(row.layers, c.tolist(), strict=True)) for group, c in table.items()}
-            rows.append(Row(row.base, {row.base: 1.0}, {g: {k: v for k, v in mix.items() if v} for g, mix in mixes.items()}))
+            groups = {}
+            for group, c in table.items():
+                mix = dict(zip(row.layers, c.tolist(), strict=True))
+                groups[group] = {layer: value for layer, value in mix.items() if value} or {row.base: 0.0}
+            rows.append(Row(row.base, {row.base: 1.0}, groups))
         return Plan(tuple(rows), self.num_hidden_layers, name=name, method="coefficients")
 
     def starts(self) -> dict[str, torch.Tensor]:
@@ -187,6 +200,7 @@ class Coefficients:
             float(layer == (two if GROUPS[group] == "norm" else one))
             for row, one, two in zip(rows, chosen, norms, strict=True)
             for group in self.groups
+            if self._searched(row, group)
             for layer in row.layers
         ]
         return torch.tensor(values)

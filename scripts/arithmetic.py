@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
     if is_grid(arguments.config):
         return hugging_face(arguments)
     from eval.arithmetic.execute import make_all, read_result
-    from eval.arithmetic.report import read_published, summarise, table, write_report
+    from eval.arithmetic.report import on_disk, read_published, summarise, table, write_report
     from eval.arithmetic.study import cells
     from merge.runtime import training_device
 
@@ -94,6 +94,7 @@ def main(arguments: argparse.Namespace) -> int:
             study, arguments.out, workers=workers, device=device, compiled=compiled, progress=bar.update, finished=finished
         )
     seconds = time.perf_counter() - started
+    study = on_disk(find_study(arguments, everything=True), arguments.out)
     rows = summarise(study, arguments.out, read_published(PUBLISHED))
     write_report(study, arguments.out, rows, plots=not arguments.no_plots)
     print(table(study, rows))
@@ -133,22 +134,22 @@ def hugging_face(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def find_study(arguments: argparse.Namespace) -> Any:
-    """The study of the configuration file, reduced to what is asked for."""
+def find_study(arguments: argparse.Namespace, *, everything: bool = False) -> Any:
+    """The study of the configuration file, reduced to the runs, data sets and seeds that are asked for unless `everything`."""
     from eval.arithmetic.study import checked, chosen, read_study
 
     check_positive(arguments, "seeds", "steps", "modulus")
     study = read_study(arguments.config)
-    if arguments.runs:
+    if arguments.runs and not everything:
         study = chosen(study, [name.strip() for name in arguments.runs.split(",")])
     changes: dict[str, Any] = {}
-    if arguments.seeds:
+    if arguments.seeds and not everything:
         changes["seeds"] = arguments.seeds
     if arguments.modulus:
         changes["modulus"] = arguments.modulus
     if arguments.steps:
         changes["recipe"] = replace(study.recipe, updates=arguments.steps)
-    if arguments.datasets:
+    if arguments.datasets and not everything:
         wanted = tuple(name.strip() for name in arguments.datasets.split(","))
         changes["datasets"] = wanted
         # Runs with data sets of their own stay only where one of these is asked for.
@@ -156,10 +157,7 @@ def find_study(arguments: argparse.Namespace) -> Any:
             replace(one, datasets=tuple(d for d in one.datasets if d in wanted)) if one.datasets else one for one in study.runs
         ]
         changes["runs"] = tuple(new for old, new in zip(study.runs, kept, strict=True) if new.datasets or not old.datasets)
-    study = checked(replace(study, **changes))
-    if not study.runs:
-        raise UsageError("no run is left; --runs and --datasets exclude each other")
-    return study
+    return checked(replace(study, **changes))
 
 
 def plan(study: Any) -> str:

@@ -24,19 +24,21 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Reads, draws, prints."""
+    from eval.arithmetic.execute import check
     from eval.arithmetic.plots import draw_all
-    from eval.arithmetic.report import read_published, summarise, table, write_report
+    from eval.arithmetic.report import read_published, summarise, table
 
     if not arguments.out.is_dir():
         raise UsageError(f"{arguments.out} is no folder; expected one that scripts/arithmetic.py wrote")
     study = find_study(arguments)
+    check(study, arguments.out)
     rows = summarise(study, arguments.out, read_published(PUBLISHED))
     if not rows:
         raise UsageError(f"{arguments.out} holds no result of these runs; expected RUN/DATASET_SEED/result.json")
-    write_report(study, arguments.out, rows, plots=False)
-    paths = draw_all(study, arguments.out, rows, log_x=arguments.log_x)
+    whole = arguments.runs is None and arguments.datasets is None  # a page of a part would hide the rest
+    paths = draw_all(study, arguments.out, rows, log_x=arguments.log_x, with_page=whole)
     print(table(study, rows))
-    print(f"{len(paths)} figures and {arguments.out / 'index.html'}")
+    print(f"{len(paths)} figures" + (f" and {arguments.out / 'index.html'}" if whole else ""))
 
 
 if __name__ == "__main__":

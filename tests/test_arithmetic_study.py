@@ -21,7 +21,7 @@ from eval.arithmetic.batches import Recipe
 from eval.arithmetic.execute import begin, flops_per_update, is_source, make_all, read_log, read_result, split_of
 from eval.arithmetic.layers import Sequences
 from eval.arithmetic.models import Model, Source, initialise, logits, num_parameters
-from eval.arithmetic.report import markdown, read_published, summarise, table
+from eval.arithmetic.report import markdown, on_disk, read_published, summarise, table
 from eval.arithmetic.results import final_info, metrics, spread
 from eval.arithmetic.study import Cell, cells, chosen, definition, needs, read_study
 from eval.arithmetic.tasks import make_task, split
@@ -81,6 +81,12 @@ def test_the_study_names_every_published_run():
         ("updates: 30,", "updates: 30.5,", "'updates' is 30.5, expected a whole number"),
         ("modulus: 11", "modulus: 11\nmodulus: 13", "modulus stands twice"),
         ("runs:", "runs: [", "not valid YAML"),
+        ("compare: wide", "compare: wid", "no run 'wid' to compare with; did you mean wide"),
+        ("warmup: 5", "warmup: -5", "must not be negative"),
+        ("[x_plus_y]", "[x_plus_y, x_plus_y]", "named twice"),
+        ("modulus: 11", "modulus: 11\nfraction: 5.0", "fraction is 5.0"),
+        ("fusion: concat, learning", "fusion: concat, heads: 0, learning", "has 0 heads"),
+        ("mode: average", "mode: average, fusion: concat", "leave `fusion` out"),
         ("mode: finetune, trained: [baseline, wide]", "mode: finetune", "mode finetune goes with `trained`"),
         ("[x_plus_y]\nseeds: 2\nmodulus: 11", "[x_div_y]\nseeds: 2\nmodulus: 12", "prime modulus, found 12"),
     ],
@@ -302,37 +308,96 @@ def test_spread_is_of_the_sample():
     assert info["x"]["means"]["final_val_acc_mean"] is None
 
 
-def write_cell(out, run, seed, step, reached=True):
+def write_cell(out, run, seed, step, reached=True, **changes):
     folder = out / run / f"x_plus_y_{seed}"
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     found = dict.fromkeys(("final_train_loss", "final_val_loss", "final_train_acc", "final_val_acc", "median_val_acc",
                            "full_val_acc", "start_full_val_acc"), 0.5)  # fmt: skip
     found |= {"run": run, "dataset": "x_plus_y", "seed": seed, "updates": 7500, "step_val_acc_99": step, "reached": reached,
               "diverged_at": None, "parameters": 1, "trained_parameters": 1, "gflop_per_update": 1.0, "cpu_s": 1.0}  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(found))
+    (folder / "result.json").write_text(json.dumps(found | changes))
 
 
 def test_the_table_pairs_counts_and_compares(tmp_path):
-    study = chosen(read_study(STUDY), ["baseline", "feature-fusion-basic-parallel"])
+    """Updates are compared where all are known, else accuracies; nobody is left out because of how it ended."""
+    published = read_published(ROOT / "configs" / "arithmetic" / "published.json")
+    fusion = "feature-fusion-basic-parallel"
+    study = chosen(read_study(STUDY), ["baseline", fusion])
     for seed, (a, b) in enumerate([(3000, 2900), (2000, 1910), (2500, 2390)]):
         write_cell(tmp_path, "baseline", seed, a)
-        write_cell(tmp_path, "feature-fusion-basic-parallel", seed, b)
-    base, fused = summarise(study, tmp_path, read_published(ROOT / "configs" / "arithmetic" / "published.json"))
-    assert fused.paired.value == pytest.approx(-100)
+        write_cell(tmp_path, fusion, seed, b)
+    base, fused = summarise(study, tmp_path, published)
+    assert (fused.paired.value, fused.paired_in) == (pytest.approx(-100), "updates")
     assert fused.paired.high < 0
     assert fused.verdict == "earlier"
-    assert fused.z == pytest.approx(-100 / (500 * (2 / 3) ** 0.5))
-    assert base.z is None
+    assert fused.z == pytest.approx((2400 - 2454) / (440 * (1 / 3 + 1 / 18) ** 0.5))
+    assert base.paired is None
     assert fused.published["step_val_acc_99"] == 1890
     assert fused.published_z == pytest.approx((1890 - 2454) / (440 * (1 / 3 + 1 / 18) ** 0.5))
     assert "earlier" in markdown([base, fused])
-    path = tmp_path / "feature-fusion-basic-parallel" / "x_plus_y_2" / "result.json"
-    path.write_text(path.read_text().replace("2390", "7500").replace('"reached": true', '"reached": false'))
-    _, censored = summarise(study, tmp_path)
+    write_cell(tmp_path, fusion, 2, 7500, reached=False, full_val_acc=0.3)
+    _, censored = summarise(study, tmp_path, published)
     assert censored.reached == 2
     assert censored.steps == (2900, 1910, None)
     assert censored.z is None  # one time is unknown
-    assert censored.paired is None
+    assert (censored.paired.value, censored.paired_in) == (pytest.approx(-0.2 / 3), "accuracy")
+    assert censored.verdict == "no difference shown"
+    write_cell(tmp_path, "baseline", 1, 2000, diverged_at=10)
+    assert summarise(study, tmp_path)[1].paired is None
+
+
+def test_verdicts_count_how_many_were_tested(tmp_path):
+    study = chosen(read_study(STUDY), ["baseline", *(f"feature-fusion-{kind}" for kind in ("basic", "weighted", "dropout"))])
+    for seed, base in enumerate((3000, 2000, 2500)):
+        write_cell(tmp_path, "baseline", seed, base)
+        for run, gain in (("basic", (100, 90, 120)), ("weighted", (1, -2, 3)), ("dropout", (50, 10, 25))):
+            write_cell(tmp_path, f"feature-fusion-{run}", seed, base - gain[seed])
+    found = {row.run: row for row in summarise(study, tmp_path)}
+    assert found["feature-fusion-basic"].verdict == "earlier"
+    alone = found["feature-fusion-basic"].adjusted_p
+    assert found["feature-fusion-weighted"].verdict == "no difference shown"
+    two = summarise(chosen(study, ["baseline", "feature-fusion-basic"]), tmp_path)[1].adjusted_p
+    assert alone == pytest.approx(3 * two)
+
+
+def test_what_starts_trained_is_compared_in_accuracy(tmp_path):
+    study = chosen(read_study(STUDY), ["merge-layers-adapters"])
+    for seed in range(3):
+        write_cell(tmp_path, "source-4-layers", seed, 3000, full_val_acc=0.9)
+        write_cell(tmp_path, "merge-layers-adapters", seed, 10, full_val_acc=0.9 + 0.01 * seed)
+    row = next(one for one in summarise(study, tmp_path) if one.run == "merge-layers-adapters")
+    assert (row.paired_in, row.paired.value) == ("accuracy", pytest.approx(0.01))
+    assert row.z is None
+
+
+def test_a_report_is_of_everything_that_is_there(small, tmp_path):
+    out = tmp_path / "out"
+    study = replace(small, seeds=1, runs=small.runs[:2], datasets=("x_plus_y", "x_minus_y"))
+    make_all(study, out, workers=1)
+    part = replace(study, datasets=("x_plus_y",), runs=study.runs[:1])
+    make_all(part, out, workers=1)
+    assert set(json.loads((out / "baseline" / "final_info.json").read_text())) == {"x_plus_y", "x_minus_y"}
+    found = on_disk(small, out)
+    assert [run.name for run in found.runs] == ["baseline", "wide"]
+    assert (found.datasets, found.seeds) == (("x_minus_y", "x_plus_y"), 1)
+    assert len(summarise(found, out)) == 4
+    assert on_disk(replace(small, modulus=13), out).runs == ()  # of another experiment
+
+
+def test_one_bad_source_fails_what_is_made_of_it_alone(small, tmp_path):
+    study, out = chosen(small, ["joined"]), tmp_path / "out"
+    make_all(chosen(small, ["baseline", "wide"]), out, workers=1)
+    path = out / "wide" / "x_plus_y_1" / "result.json"
+    path.write_text(path.read_text().replace('"diverged_at": null', '"diverged_at": 10'))
+    failed = make_all(study, out, workers=1)
+    assert list(failed) == ["joined/x_plus_y_1"]
+    (out / "joined" / "x_plus_y_0" / "result.json").unlink()
+    from eval.arithmetic.execute import _in_groups
+
+    waiting = [Cell("joined", "x_plus_y", seed) for seed in range(2)]
+    bad = _in_groups(study, out, waiting, "cpu", lambda n: None, lambda cell, result: None)
+    assert [cell.seed for cell in bad] == [1]
+    assert read_result(out, waiting[0]) is not None
 
 
 def test_flops_are_those_of_the_definition():

@@ -61,6 +61,26 @@ def test_coefficients_make_the_same_plan():
     }
 
 
+def test_a_layer_alone_is_scaled():
+    """Its norms stay positive, and gradients lead back from where they would not be; Gemma's have nothing to search."""
+    rows = (RowSpec(0, (0, 1)), RowSpec(2, (2,), scaled=True))
+    groups = ("mlp.up_proj", "input_layernorm")
+    space = Coefficients(rows, 3, groups, "llama")
+    assert space.names[-2:] == ("row 1 mlp.up_proj layer 2", "row 1 input_layernorm layer 2")
+    assert set(space.starts()) == {name for name in space.starts() if "of 2" not in name}  # nothing to put in its place
+    for asked, kept in ((0.5, 0.5), (-0.2, 0.01), (0.0, 0.01), (1.3, 1.3)):
+        x = torch.tensor([1.0, 0.0, 1.0, 0.0, -0.4, asked], requires_grad=True)
+        norm = space.mixes(x)[1]["input_layernorm"]
+        assert norm.item() == pytest.approx(kept)
+        norm.sum().backward()
+        assert x.grad[-1] == 1.0
+        assert space.plan(x.tolist(), "x").rows[1].groups["mlp.up_proj"] == {2: pytest.approx(-0.4)}
+    gemma = Coefficients(rows, 3, groups, "gemma2")
+    assert gemma.names[-1] == "row 1 mlp.up_proj layer 2"
+    assert "input_layernorm" not in gemma.plan([1.0, 0.0, 1.0, 0.0, 0.7], "x").rows[1].groups
+    assert len(gemma.starts()["dropped"]) == len(gemma.names)
+
+
 def test_windows_share_out_the_dropped_layers():
     plan = plan_dropping([0, 3, 4, 7], 8)
     assert [row.layers for row in windows(plan)] == [(0, 1), (2, 3, 4), (5,), (6, 7)]

@@ -11,6 +11,8 @@ from ..errors import StudyError
 from .models import Model
 from .tasks import Split, Task, draws, generator
 
+LENGTHS = 256  # lengths of sampled evaluations are multiples of it
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -30,6 +32,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.updates < 0 or min(self.batch, self.evaluate_every, self.drawn, self.exhaustive_every) < 1:
             raise StudyError("updates must be at least 0; batch, evaluate_every, drawn and exhaustive_every at least 1")
+        if self.warmup < 0 or self.weight_decay < 0 or not self.learning_rate > 0 or not 0 <= min(self.beta1, self.beta2):
+            raise StudyError("warmup, weight_decay and betas must not be negative, learning_rate must be above 0")
+        if max(self.beta1, self.beta2) >= 1:
+            raise StudyError(f"betas are {self.beta1} and {self.beta2}, expected below 1")
         if self.exhaustive_every % self.evaluate_every:
             raise StudyError(
                 f"exhaustive_every is {self.exhaustive_every}, expected a multiple of evaluate_every, {self.evaluate_every}"
@@ -70,7 +76,8 @@ class Batches:
             offset += len(m.task)
         # Compiled code wants one length, the longest; what is added counts zero times.
         self.num_pairs = max(len(validation) for validation in self.validation)
-        self.num_drawn = max((len(np.unique(row)) for one in self.drawn for row in one.numpy()), default=1)
+        most = max((len(np.unique(row)) for one in self.drawn for row in one.numpy()), default=1)
+        self.num_drawn = -(-most // LENGTHS) * LENGTHS  # the same for most seeds, so that one compilation serves them
 
     def training(self, update: int) -> tuple[torch.Tensor | None, ...]:
         """An update's (a, op, b, answer, keep)."""

@@ -70,13 +70,11 @@ def make(
         (out / cell.folder).mkdir(parents=True, exist_ok=True)
     names = " ".join(cell.folder for cell in group)
     checkpoint = out / group[0].folder / f"checkpoint-{hashlib.sha256(names.encode()).hexdigest()[:8]}.safetensors"
-    started, used = time.perf_counter(), time.process_time()
     outcomes = train(
         run.model, members, recipe,
         frozen=is_source if run.mode == "frozen" else lambda name: False, device=device,
         compiled=compiled and recipe.updates >= LONG, checkpoint=checkpoint, progress=lambda n: progress(n * len(group)),
     )  # fmt: skip
-    seconds, cpu = (time.perf_counter() - started) / len(group), (time.process_time() - used) / len(group)
     results = []
     for cell, task, outcome in zip(group, tasks, outcomes, strict=True):
         result = {
@@ -84,7 +82,7 @@ def make(
             **metrics(outcome.log, recipe.updates), "diverged_at": outcome.diverged_at,
             "parameters": num_parameters(run.model, task), "trained_parameters": trained_parameters(run, task),
             "gflop_per_update": flops_per_update(run, task, recipe) / 1e9,
-            "time_s": round(seconds, 2), "cpu_s": round(cpu, 2), "together": len(group), "device": device,
+            "time_s": round(outcome.time_s, 2), "cpu_s": round(outcome.cpu_s, 2), "together": len(group), "device": device,
             "torch": torch.__version__,
         }  # fmt: skip
         _write(out / cell.folder, outcome, result)
@@ -141,9 +139,13 @@ def start_of(study: Study, cell: Cell, out: Path, task: Task) -> dict[str, torch
 
 
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
-    if read_json(folder / "result.json")["diverged_at"] is not None:
+    if _diverged(folder):
         raise StudyError(f"{folder} holds a network that diverged; it cannot be a source")
     return load_file(folder / "weights.safetensors")
+
+
+def _diverged(folder: Path) -> bool:
+    return read_json(folder / "result.json")["diverged_at"] is not None
 
 
 def trained_parameters(run: Run, task: Task) -> int:
@@ -206,7 +208,7 @@ def make_all(
     else:
         failed = _in_groups(study, out, waiting, device, progress, finished)
     for run in study.runs:
-        write_final_info(study, run, out)
+        write_final_info(run, out)
     return {cell.folder: message for cell, message in failed.items()}
 
 
@@ -223,6 +225,8 @@ def _in_groups(
         for cell in group:
             if (bad := next((one for one in needs(study, cell) if one in failed), None)) is not None:
                 failed[cell] = f"its source {bad.folder} failed"
+            elif (bad := next((one for one in needs(study, cell) if _diverged(out / one.folder)), None)) is not None:
+                failed[cell] = f"{out / bad.folder} holds a network that diverged; it cannot be a source"
             else:
                 able.append(cell)
         if not able:
@@ -284,16 +288,23 @@ def begin(study: Study, out: Path) -> None:
     Raises:
         StudyError: a run of that name was defined otherwise.
     """
-    texts = {out / run.name / "definition.json": json.dumps(definition(study, run), indent=2) + "\n" for run in study.runs}
-    for path, text in texts.items():
-        if path.exists() and (differs := _differences(read_json(path), json.loads(text))):
+    check(study, out)
+    for run in study.runs:
+        path = out / run.name / "definition.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(definition(study, run), indent=2) + "\n")
+
+
+def check(study: Study, out: Path) -> None:
+    """Raises StudyError if a run that has results there was defined otherwise."""
+    for run in study.runs:
+        path = out / run.name / "definition.json"
+        wanted = json.loads(json.dumps(definition(study, run)))
+        if path.exists() and (differs := _differences(read_json(path), wanted)):
             raise StudyError(
                 f"{path.parent} holds results of a run with other settings ({', '.join(differs)}); "
                 "give another --out, or remove that folder"
             )
-    for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> list[str]:
@@ -319,12 +330,12 @@ def read_log(out: Path, cell: Cell) -> np.ndarray[Any, np.dtype[np.float64]]:
     return np.array([[float(x) if x else math.nan for x in row] for row in rows])
 
 
-def write_final_info(study: Study, run: Run, out: Path) -> None:
-    """OUT/RUN/final_info.json from the cells that are done."""
+def write_final_info(run: Run, out: Path) -> None:
+    """OUT/RUN/final_info.json from all cells that are done, also of data sets and seeds that were not asked for this time."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for cell in cells(study):
-        if cell.run == run.name and (result := read_result(out, cell)) is not None:
-            found.setdefault(cell.dataset, []).append(result)
+    for path in sorted((out / run.name).glob("*/result.json")):
+        result = read_json(path)
+        found.setdefault(result["dataset"], []).append(result)
     if found:
         write_whole(out / run.name / "final_info.json", json.dumps(final_info(found), indent=2) + "\n")
 

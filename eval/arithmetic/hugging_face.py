@@ -120,8 +120,19 @@ def read_grid(path: Path, configs: Path) -> Grid:
             raise StudyError(f"there is no data set {dataset!r} as text{near(dataset, SYMBOLS)}")
         split(make_task(dataset, grid.modulus, grid.permuted), 0, grid.fraction)
     for number in grid.layers:
-        if not isinstance(number, int) or not 1 <= number < grid.size.num_hidden_layers:
+        if not isinstance(number, int) or isinstance(number, bool) or not 1 <= number < grid.size.num_hidden_layers:
             raise StudyError(f"{number!r} layers cannot be removed from {grid.size.num_hidden_layers}")
+    if (
+        not grid.families
+        or not grid.datasets
+        or grid.seeds < 1
+        or grid.training.updates < 1
+        or min(asdict(grid.size).values()) < 1
+    ):
+        raise StudyError("families and data sets must not be empty; seeds, updates and sizes must be at least 1")
+    for alpha in grid.alphas:
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise StudyError(f"{alpha!r} is not an alpha; expected numbers from 0 to 1")
     if grid.size.hidden_size % grid.size.num_attention_heads:
         raise StudyError(f"{grid.size.num_attention_heads} heads do not divide the width {grid.size.hidden_size}")
     plans(grid)  # alphas that cannot be are refused before anything is trained
@@ -166,7 +177,7 @@ def plans(grid: Grid) -> dict[str, Plan]:
 
 
 def make_cell(grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callable[[int], None]) -> dict[str, float]:
-    """Trains, merges and scores what is not there yet; name of a model -> validation accuracy."""
+    """Trains and merges what is not there yet, and scores all; name of a model -> validation accuracy."""
     folder = out / cell.folder
     identity = json.dumps([asdict(grid.size), asdict(grid.training), grid.modulus, grid.permuted, grid.fraction, asdict(cell)])
     trained = folder / "trained"
@@ -177,7 +188,7 @@ def make_cell(grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callab
     else:
         progress(grid.training.updates)
         if (trained / "grid.json").read_text().strip() != identity:
-            raise StudyError(f"{trained} was trained with other settings; give another --out, or remove that folder")
+            raise StudyError(f"{folder} was made with other settings; give another --out, or remove that folder with all in it")
     scores = {"trained": score(grid, cell, trained)}
     # Gemma 2's layers attend in windows by turns; questions are shorter than any window.
     options = Options(dtype="float32", allow_mixed_attention=True)

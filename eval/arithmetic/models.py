@@ -67,6 +67,8 @@ class Source:
     def __post_init__(self) -> None:
         if min(self.layers, self.width, self.heads) < 1:
             raise StudyError(f"a source has {self.layers} layers, width {self.width}, {self.heads} heads; expected at least 1")
+        if self.head_size is not None and self.head_size < 1:
+            raise StudyError(f"head_size is {self.head_size}, expected at least 1")
         if self.head_size is None and self.width % self.heads:
             raise StudyError(f"{self.heads} heads do not divide the width {self.width}; give head_size, or another width")
 
@@ -101,6 +103,8 @@ class Model:
             raise StudyError("a network needs at least one source")
         if self.fusion == "none" and len(self.sources) > 1:
             raise StudyError(f"{len(self.sources)} sources need a fusion: one of {', '.join(FUSIONS)}")
+        if self.heads < 1:
+            raise StudyError(f"a fusion's attention has {self.heads} heads, expected at least 1")
         if not 0.0 <= self.dropout < 1.0:
             raise StudyError(f"dropout is {self.dropout}, expected 0 to below 1")
         if "attention" in self.fusion and self.attention_width % self.heads:

@@ -22,12 +22,12 @@ QUANTITIES = {  # column of the log -> name of the figure's file, axis
     "train_acc": "training accuracy",
     "val_acc": "validation accuracy",
 }
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)), (0, (3, 4)))  # 56 looks with the colours
 SMOOTHED = 5  # evaluations per drawn point: spikes of single evaluations would hide the lines
 BESIDE = 8  # more runs than this, and the legend stands beside the axes
 
 
-def draw_all(study: Study, out: Path, rows: Sequence[Row], *, log_x: bool = False) -> list[Path]:
+def draw_all(study: Study, out: Path, rows: Sequence[Row], *, log_x: bool = False, with_page: bool = True) -> list[Path]:
     """OUT/plots/{quantity}_{data set}.png and OUT/index.html; the figures' paths."""
     paths = []
     for dataset in dict.fromkeys(row.dataset for row in rows):
@@ -36,7 +36,8 @@ def draw_all(study: Study, out: Path, rows: Sequence[Row], *, log_x: bool = Fals
             path = out / "plots" / f"{quantity}_{dataset}.png"
             if runs and curves(path, study, out, runs, dataset, quantity, log_x=log_x):
                 paths.append(path)
-    write_whole(out / "index.html", page(study, rows, paths, out))
+    if with_page:
+        write_whole(out / "index.html", page(study, rows, paths, out))
     return paths
 
 
@@ -64,7 +65,7 @@ def curves(path: Path, study: Study, out: Path, runs: Sequence[Run], dataset: st
         ax.set_xscale("log")
     band = "band: standard error over seeds (n - 1, root n)" if most > 1 else "one seed: no band"
     ax.set(
-        xlabel=f"updates{' (log)' if log_x else ''}; every point is the mean of {SMOOTHED} evaluations",
+        xlabel=f"updates{' (log)' if log_x else ''}; every point is the mean of {SMOOTHED} evaluations where there are as many",
         ylabel=QUANTITIES[quantity], title=f"{dataset}: {QUANTITIES[quantity].split(' (')[0]}",
     )  # fmt: skip
     if quantity.endswith("loss"):

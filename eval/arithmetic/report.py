@@ -3,32 +3,49 @@
 For every run and data set: the five metrics over seeds; how many seeds reached 0.99 at all (times of those that did not are
 unknown, not long, so they are counted and not averaged); medians of the last evaluations; all validation pairs; what it cost.
 
-    paired   step_val_acc_99 minus that of the run it is compared with, seed by seed: split, batches and the initial values of
-             what they have in common are the same, which takes out most of the variance
-    z        (mean - mean of the baseline) / (sd sqrt(1/n + 1/m)), sd and m of the baseline's replicates; |z| < 2 shows nothing
+    paired   against the run it is compared with, seed by seed: split, batches and the initial values of what they have in
+             common are the same, which takes out most of the variance. Of step_val_acc_99 where both are trained from scratch
+             and every seed reached 0.99, else of the accuracy over all validation pairs
+    verdict  by that interval, and by Holm's correction over all rows
+    z        of step_val_acc_99 against 18 published replicates of the baseline, whose splits are others:
+             (mean - their mean) / (sd sqrt(1/n + 1/18)); |z| < 2 shows nothing. None where a time is not known
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student
 
 from merge.records import read_json
 
+from ..compare import SIGNIFICANT
 from ..results import write_whole
-from ..stats import Mean, mean
+from ..stats import Mean, holm, mean
 from .batches import Recipe
 from .execute import read_result
 from .results import METRICS, Spread, spread
-from .study import Cell, Run, Study
-from .tasks import MODULUS, PERMUTED
+from .study import Cell, Run, Study, definition
+from .tasks import MODULUS, PERMUTED, TASKS
 
-BASELINES = ("baseline", "baseline-b", "baseline-c")  # replicates of each other
 ENOUGH = 3  # pairs for an interval
+HEADER = (
+    *(
+        "run",
+        "0.99 at update",
+        "reached",
+        "paired difference (updates, or accuracy)",
+        "z",
+        "val acc, median of last 20",
+        "last",
+    ),
+    *("all pairs", "val loss", "published: 0.99 at", "z", "last val acc", "parameters", "GFLOP per update", "TFLOP to 0.99"),
+    "CPU s",
+)
 
 
 @dataclass(frozen=True)
@@ -49,20 +66,40 @@ class Row:
     z: float | None
     compare: str
     paired: Mean | None
+    paired_in: str  # updates, or accuracy
     parameters: int
     trained_parameters: int
     gflop_per_update: float
     updates: int
     cpu_s: float
+    adjusted_p: float | None = None
 
     @property
     def verdict(self) -> str:
-        """What may be concluded about the number of updates."""
+        """What may be concluded from the pairs."""
         if self.paired is None:
-            return "too few pairs"
-        if self.paired.high < 0:
-            return "earlier"
-        return "later" if self.paired.low > 0 else "no difference shown"
+            return "not paired"
+        if self.paired.low <= 0 <= self.paired.high:
+            return "no difference shown"
+        words = ("earlier", "later") if self.paired_in == "updates" else ("worse", "better")
+        found = words[self.paired.value > 0]
+        return found if self.adjusted_p is not None and self.adjusted_p < SIGNIFICANT else f"{found}, but not after correction"
+
+
+def on_disk(study: Study, out: Path) -> Study:
+    """The study reduced to runs of which there are results there under the same definition; all their data sets and seeds."""
+    runs, datasets, seeds = [], set(), 0
+    for run in study.runs:
+        path = out / run.name / "definition.json"
+        if not path.exists() or read_json(path) != json.loads(json.dumps(definition(study, run))):
+            continue
+        found = [read_json(one) for one in (out / run.name).glob("*/result.json")]
+        if found:
+            here = {one["dataset"] for one in found}
+            runs.append(replace(run, datasets=tuple(name for name in TASKS if name in here)))
+            datasets |= here
+            seeds = max(seeds, 1 + max(one["seed"] for one in found))
+    return replace(study, runs=tuple(runs), datasets=tuple(name for name in TASKS if name in datasets), seeds=max(1, seeds))
 
 
 def summarise(study: Study, out: Path, published: Mapping[str, Any] | None = None) -> list[Row]:
@@ -73,7 +110,17 @@ def summarise(study: Study, out: Path, published: Mapping[str, Any] | None = Non
             results = _results(study, out, run.name, dataset)
             if results:
                 found.append(_row(study, out, run, dataset, results, published or {}))
-    return found
+    tested = [row for row in found if row.paired is not None]
+    adjusted = holm([_p_value(row.paired) for row in tested if row.paired is not None])
+    corrected = {id(row): p for row, p in zip(tested, adjusted, strict=True)}
+    return [replace(row, adjusted_p=corrected.get(id(row))) for row in found]
+
+
+def _p_value(found: Mean) -> float:
+    """Two-sided, by Student's t."""
+    if found.stderr == 0.0:
+        return 1.0 if found.value == 0.0 else 0.0
+    return float(2 * student.sf(abs(found.value) / found.stderr, found.count - 1))
 
 
 def _results(study: Study, out: Path, run: str, dataset: str) -> list[dict[str, Any]]:
@@ -94,16 +141,20 @@ def _row(
         published = {}  # of another experiment
     theirs = published.get("runs", {}).get(run.published or "", {}).get("results", {}).get(dataset)
     replicates = published.get("replicates", {}).get(dataset)
-    published_z = None
-    if theirs is not None and replicates is not None:
-        error = replicates["sd"] * math.sqrt(1 / published["seeds"] + 1 / replicates["count"])
-        published_z = (theirs["step_val_acc_99"] - replicates["mean"]) / error
+    times = _times(results)
+    published_z = z = None
+    if replicates is not None and replicates["reached"] == replicates["count"]:
+        if theirs is not None:
+            published_z = _z(theirs["step_val_acc_99"], published["seeds"], replicates)
+        if run.mode == "cotrain" and len(times) == len(results):
+            z = _z(float(np.mean(times)), len(times), replicates)
+    paired, paired_in = _paired(study, out, run, dataset, results)
     return Row(
         run.name, run.title, dataset, run.mode, tuple(one["seed"] for one in results), values,
         sum(one["reached"] for one in good),
         tuple(one["step_val_acc_99"] if one["reached"] and one["diverged_at"] is None else None for one in results),
-        len(results) - len(good), theirs, published_z, _z(study, out, run, dataset, good), run.compare,
-        _paired(study, out, run, dataset, good), first["parameters"], first["trained_parameters"], first["gflop_per_update"],
+        len(results) - len(good), theirs, published_z, z, run.compare, paired, paired_in,
+        first["parameters"], first["trained_parameters"], first["gflop_per_update"],
         first["updates"], float(np.mean([one["cpu_s"] for one in results])),
     )  # fmt: skip
 
@@ -112,27 +163,23 @@ def _times(results: Sequence[Mapping[str, Any]]) -> list[float]:
     return [one["step_val_acc_99"] for one in results if one["reached"] and one["diverged_at"] is None]
 
 
-def _z(study: Study, out: Path, run: Run, dataset: str, results: Sequence[Mapping[str, Any]]) -> float | None:
-    """Against our own baselines; None where a time is unknown or there are too few."""
-    base = [one for name in BASELINES for one in _results(study, out, name, dataset)]
-    times, others = _times(results), _times(base)
-    if run.name in BASELINES or len(times) < len(results) or len(others) < len(base) or min(len(times), len(others) - 1) < 1:
-        return None
-    error = float(np.std(others, ddof=1)) * math.sqrt(1 / len(times) + 1 / len(others))
-    return (float(np.mean(times)) - float(np.mean(others))) / error if error else None
+def _z(value: float, count: int, replicates: Mapping[str, Any]) -> float:
+    """Against the published replicates."""
+    return float((value - replicates["mean"]) / (replicates["sd"] * math.sqrt(1 / count + 1 / replicates["count"])))
 
 
-def _paired(study: Study, out: Path, run: Run, dataset: str, results: Sequence[Mapping[str, Any]]) -> Mean | None:
-    """Seeds that both reached 0.99 with."""
-    if run.name == run.compare or run.compare not in {one.name for one in study.runs}:
-        return None
-    other = {one["seed"]: one for one in _results(study, out, run.compare, dataset)}
-    pairs = [
-        one["step_val_acc_99"] - other[one["seed"]]["step_val_acc_99"]
-        for one in results
-        if one["seed"] in other and one["reached"] and other[one["seed"]]["reached"]
-    ]
-    return mean(pairs) if len(pairs) >= ENOUGH else None
+def _paired(study: Study, out: Path, run: Run, dataset: str, results: Sequence[Mapping[str, Any]]) -> tuple[Mean | None, str]:
+    """(the differences over seeds, of what); leaving seeds out because of how they ended would be a choice by the outcome."""
+    control = next((one for one in study.runs if one.name == run.compare), None)
+    if control is None or control.name == run.name:
+        return None, ""
+    others = {one["seed"]: one for one in _results(study, out, control.name, dataset)}
+    pairs = [(one, others[one["seed"]]) for one in results if one["seed"] in others]
+    if len(pairs) < ENOUGH or any(one["diverged_at"] is not None for pair in pairs for one in pair):
+        return None, ""
+    if run.mode == control.mode == "cotrain" and all(one["reached"] for pair in pairs for one in pair):
+        return mean([a["step_val_acc_99"] - b["step_val_acc_99"] for a, b in pairs]), "updates"
+    return mean([a["full_val_acc"] - b["full_val_acc"] for a, b in pairs]), "accuracy"
 
 
 def table(study: Study, rows: Sequence[Row]) -> str:
@@ -160,12 +207,24 @@ def _time(row: Row) -> str:
     return str(spread(known)) if known else f"> {row.updates}"
 
 
+def _cost(row: Row) -> str:
+    """Of matrix products until 0.99, training alone, without what trained sources had cost before."""
+    known = [one for one in row.steps if one is not None]
+    whole = row.updates and row.mode == "cotrain" and len(known) == len(row.steps)
+    return f"{float(np.mean(known)) * row.gflop_per_update / 1e3:.1f}" if whole else ""
+
+
 def _published(row: Row) -> str:
-    return "" if row.published is None else f"{row.published['step_val_acc_99']:.0f}"
+    if row.published is None:
+        return ""
+    return f"{row.published['step_val_acc_99']:.0f}" if row.published["any_reached"] else "never"
 
 
 def _difference(row: Row) -> str:
-    return "" if row.paired is None else f"{row.paired.value:+.0f} [{row.paired.low:.0f}, {row.paired.high:.0f}]"
+    if row.paired is None:
+        return ""
+    digits = ".0f" if row.paired_in == "updates" else ".3f"
+    return f"{row.paired.value:+{digits}} [{row.paired.low:{digits}}, {row.paired.high:{digits}}]"
 
 
 def write_report(study: Study, out: Path, rows: Sequence[Row], *, plots: bool = True) -> None:
@@ -197,9 +256,8 @@ def markdown(rows: Sequence[Row]) -> str:
     for dataset in dict.fromkeys(row.dataset for row in rows):
         lines += [
             f"### {dataset}\n",
-            "| run | 0.99 at update | reached | paired difference, updates | z | val acc, median of last 20 | last | all pairs "
-            "| val loss | published: 0.99 at | z | last val acc | parameters | GFLOP per update |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| " + " | ".join(HEADER) + " |",
+            "|" + "---|" * len(HEADER),
         ]
         for row in (one for one in rows if one.dataset == dataset):
             theirs, m = row.published, row.metrics
@@ -211,7 +269,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 _published(row),
                 "" if row.published_z is None else f"{row.published_z:.1f}",
                 "" if theirs is None else f"{theirs['final_val_acc']:.4f}",
-                f"{row.parameters:,}", f"{row.gflop_per_update:.2f}",
+                f"{row.parameters:,}", f"{row.gflop_per_update:.2f}", _cost(row), f"{row.cpu_s:.0f}",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")

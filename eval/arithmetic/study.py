@@ -27,6 +27,7 @@ from .tasks import MODULUS, PERMUTED, STUDIED, TASKS, make_task
 MODES = ("cotrain", "frozen", "finetune", "average")
 OPERATIONS = ("x_plus_y", "x_minus_y", "x_div_y")  # of three_operations, by operator
 UNTRAINED = "untrained"
+BASELINE = "baseline"
 SEEDS = 3
 
 
@@ -54,7 +55,7 @@ class Run:
     align: str = "weights"
     published: str | None = None
     datasets: tuple[str, ...] = ()  # empty: those of the study
-    compare: str = "baseline"  # the run that it is compared with in pairs
+    compare: str = BASELINE  # the run that it is compared with in pairs, if there is one
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,10 @@ def read_study(path: Path) -> Study:
                 read[run.name] = run
         except StudyError as error:
             found.problem(f"run {name}: {error}")
+    known = list(read)
+    for run in read.values():
+        if run.compare != BASELINE and run.compare not in read:
+            found.problem(f"run {run.name}: there is no run {run.compare!r} to compare with{near(run.compare, known)}")
     found.done()
     given = {"seeds": seeds, "modulus": modulus, "permuted": permuted, "fraction": fraction}
     return checked(
@@ -160,6 +165,10 @@ def checked(study: Study) -> Study:
         raise StudyError(f"seeds is {study.seeds}, expected at least 1")
     if not study.runs:
         raise StudyError("there are no runs")
+    if not 0 < study.fraction < 1:
+        raise StudyError(f"fraction is {study.fraction}, expected more than 0 and less than 1")
+    if len(set(study.datasets)) < len(study.datasets):
+        raise StudyError(f"a data set is named twice: {', '.join(study.datasets)}")
     for run in study.runs:
         for dataset in study.datasets_of(run):
             make_task(dataset, study.modulus, study.permuted)
@@ -262,17 +271,19 @@ def _read_run(found: Fields, name: str, content: Any, known: Mapping[str, Run]) 
     for dataset in datasets or ():
         if dataset not in TASKS:
             raise StudyError(f"there is no data set {str(dataset)!r}{near(str(dataset), TASKS)}")
+    if mode == "average" and (fusion is not None or UNTRAINED in names):
+        raise StudyError("mode average makes one plain network of trained ones; leave `fusion` out and name runs in `trained`")
     given = {"wiring": wiring, "taps": taps, "dropout": dropout, "routing": routing}
     own = own or (Source(),)
     model = Model(
         (target(own),) if mode == "average" else own,
         fusion or "none",
-        heads=heads or FUSION_HEADS,
+        heads=FUSION_HEADS if heads is None else heads,
         **{key: value for key, value in given.items() if value is not None},
     )
     return Run(
         name, title or name, model, mode, names, updates, learning_rate, init or 0, operation, align, published,
-        tuple(datasets or ()), compare or "baseline",
+        tuple(datasets or ()), compare or BASELINE,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Outcome:
     log: npt.NDArray[np.float64]  # [rounds + 1, len(COLUMNS)]; the first row is before any update; nan: not measured
     weights: dict[str, torch.Tensor]
     diverged_at: int | None = None  # the round in which the loss was no longer a number
+    time_s: float = 0.0  # of this network's share, before and after interruptions
+    cpu_s: float = 0.0
 
 
 @dataclass
@@ -50,6 +52,8 @@ class _State:
     step: int = 0
     logs: list[list[list[float]]] = field(default_factory=list)  # member -> rows
     diverged_at: list[int | None] = field(default_factory=list)
+    time_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 def train(
@@ -76,9 +80,10 @@ def train(
     Raises:
         StudyError: the checkpoint is of something else, or members do not fit together.
     """
+    started = (time.perf_counter(), time.process_time())
     trainer = _Trainer(model, members, recipe, frozen, device, compiled)
     state = _State(logs=[[] for _ in members], diverged_at=[None] * len(members))
-    identity = _identity(model, members, recipe)
+    identity = _identity(model, members, recipe, compiled)
     if checkpoint is not None and checkpoint.exists():
         state = _restore(checkpoint, identity, trainer)
         progress(state.step)
@@ -99,10 +104,11 @@ def train(
                     state.diverged_at[i] = state.step
         progress(count)
         if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_S:
-            _save(checkpoint, identity, trainer, state)
+            _save(checkpoint, identity, trainer, state, started)
             saved = time.monotonic()
+    seconds = state.time_s + time.perf_counter() - started[0], state.cpu_s + time.process_time() - started[1]
     return [
-        Outcome(np.array(log), trainer.weights(i), at)
+        Outcome(np.array(log), trainer.weights(i), at, seconds[0] / len(members), seconds[1] / len(members))
         for i, (log, at) in enumerate(zip(state.logs, state.diverged_at, strict=True))
     ]
 
@@ -148,6 +154,7 @@ class _Trainer:
             self.learn = torch.func.vmap(batch_loss, in_dims=(0, 0, 0, 0, 0, 0 if self.batches.dropout else None))
             self.judge = torch.func.vmap(pairs_loss)
         if compiled:
+            torch._dynamo.reset()  # it counts what it compiled for earlier networks, and stops compiling after a few
             self.learn = torch.compile(self.learn, dynamic=False)
             self.judge = torch.compile(self.judge, dynamic=False)
         if on_gpu and self.optimiser is not None:
@@ -205,15 +212,16 @@ class _Trainer:
         assert self.optimiser is not None
         self.held = [None if x is None else x.clone() for x in self.batches.training(0)]
         before = {name: value.detach().clone() for name, value in self.moving.items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # what CUDA sets up at first must not be recorded
-                self._step(self.held)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.result = self._step(self.held)
+        with torch.cuda.device(next(iter(self.moving.values())).device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # what CUDA sets up at first must not be recorded
+                    self._step(self.held)
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.result = self._step(self.held)
         with torch.no_grad():  # as if nothing had been done
             for name, value in self.moving.items():
                 value.copy_(before[name])
@@ -230,9 +238,9 @@ def _learning_rate(recipe: Recipe, update: int) -> float:
 # Checkpoints
 
 
-def _identity(model: Model, members: Sequence[Member], recipe: Recipe) -> str:
+def _identity(model: Model, members: Sequence[Member], recipe: Recipe, compiled: bool) -> str:
     """What must be the same for training to go on."""
-    return json.dumps([asdict(model), asdict(recipe), [(m.task.name, m.seed, len(m.split.train)) for m in members]])
+    return json.dumps([asdict(model), asdict(recipe), compiled, [(m.task.name, m.seed, len(m.split.train)) for m in members]])
 
 
 def _save(
@@ -240,11 +248,15 @@ def _save(
     identity: str,
     trainer: _Trainer,
     state: _State,
+    started: tuple[float, float],
 ) -> None:
     tensors = {f"value {name}": value.detach() for name, value in trainer.parameters.items()}
     if (optimiser := trainer.optimiser) is not None:
         for name, value in trainer.moving.items():
-            tensors |= {f"{key} {name}": optimiser.state[value][key] for key in STATES}
+            # None for a parameter that nothing depends on: no gradient has reached it.
+            tensors |= {f"{key} {name}": optimiser.state[value][key] for key in STATES if key in optimiser.state[value]}
+    time_s, cpu_s = time.perf_counter() - started[0], time.process_time() - started[1]
+    state = replace(state, time_s=state.time_s + time_s, cpu_s=state.cpu_s + cpu_s)
     with whole_file(path) as scratch:
         save_file(tensors, scratch, {"identity": identity, "state": json.dumps(asdict(state))})
 
@@ -252,7 +264,7 @@ def _save(
 def _restore(path: Path, identity: str, trainer: _Trainer) -> _State:
     """Puts parameters and optimiser back to what they were, and returns where training stood."""
     with safe_open(path, framework="pt") as file:
-        found = file.metadata()
+        found, names = file.metadata(), set(file.keys())
         if found["identity"] != identity:
             raise StudyError(f"{path} is of a run with other settings; remove it to train anew")
         state = _State(**json.loads(found["state"]))
@@ -261,7 +273,9 @@ def _restore(path: Path, identity: str, trainer: _Trainer) -> _State:
                 value.copy_(file.get_tensor(f"value {name}"))
         if (optimiser := trainer.optimiser) is not None:
             for name, value in trainer.moving.items():
-                _put_back(optimiser.state[value], value, state.step, {k: file.get_tensor(f"{k} {name}") for k in STATES})
+                if all(f"{key} {name}" in names for key in STATES):
+                    moments = {key: file.get_tensor(f"{key} {name}") for key in STATES}
+                    _put_back(optimiser.state[value], value, state.step, moments)
     return state
 
 
