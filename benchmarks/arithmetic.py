@@ -4,7 +4,7 @@ One thread, processor milliseconds per update, a tenth of an evaluation included
   plain     item by item through a DataLoader, nn.MultiheadAttention over all positions (benchmarks/_plain.py)
   layerfuse eval.arithmetic.train, eager and compiled; sampled evaluations after every 10 updates, all pairs after every 100
   bf16      the same compiled, matrix products in bfloat16 (oneDNN; worth something only where the processor has them)
-Each is timed in turn, several times over; the median of rounds of ten updates is given, and the ratios of medians.
+Each is timed in turn, several times over; given is the median of means over a hundred updates, and the ratios of medians.
 
     python benchmarks/arithmetic.py
 

@@ -253,7 +253,7 @@ def _in_processes(
     running: dict[Future[Any], Cell] = {}
     context = multiprocessing.get_context("spawn")
     told: Any = context.Queue()
-    with ProcessPoolExecutor(workers, context, _begin_worker, (told,)) as pool:
+    with ProcessPoolExecutor(workers, context, _begin_worker, (told, os.getpid())) as pool:
         try:
             while waiting or running:
                 blocked = set(waiting) | set(running.values())
@@ -343,10 +343,10 @@ def write_final_info(run: Run, out: Path) -> None:
 _told: Any = None  # a worker's queue to the process that shows progress
 
 
-def _begin_worker(told: Any) -> None:
+def _begin_worker(told: Any, parent: int) -> None:
     global _told
     _told = told
-    threading.Thread(target=_die_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # parallel over cells: threads of one would wait for each other
 
