@@ -172,7 +172,7 @@ def plans(grid: Grid) -> dict[str, Plan]:
         for alpha in grid.alphas:
             name = f"fused-{removed}-alpha-{alpha:g}"
             found[name] = fold_top([alpha] * removed, total, name)
-        found[f"dropped-{removed}"] = plan_from_method("drop-last", total, total - removed)
+        found[f"dropped-{removed}"] = plan_from_method("drop-last", total, removed)
     return found
 
 
