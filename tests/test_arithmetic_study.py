@@ -553,7 +553,7 @@ def test_small_models_of_every_family_are_trained_fused_and_scored(run, tmp_path
     assert again.stdout == done.stdout
     assert {path: path.stat().st_mtime_ns for path in times} == times
     (tmp_path / "grid.yaml").write_text(GRID.replace("updates: 60", "updates: 61"))
-    assert "trained with other settings" in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
+    assert "made with other settings" in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
 
 
 @pytest.mark.parametrize(
