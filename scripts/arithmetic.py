@@ -54,7 +54,7 @@ def add_study_options(result: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> int:
     """Reads the study, makes its cells, prints and draws."""
     check_positive(arguments, "workers")
-    from eval.arithmetic.hugging_face import is_grid
+    from eval.arithmetic.study import is_grid
 
     if is_grid(arguments.config):
         return hugging_face(arguments)

@@ -21,6 +21,7 @@ from ..errors import StudyError
 from .models import Source, slot
 
 ALIGNMENTS = ("weights", "none", "random")
+LAYERS = "s0.layers."  # what names of a layer's parameters begin with
 PASSES = 50  # of weight matching, which ends when nothing changes
 
 Values = dict[str, torch.Tensor]
@@ -65,10 +66,9 @@ def widened(values: Mapping[str, torch.Tensor], source: Source, wide: Source) ->
 
     found: Values = {}
     for name, x in values.items():
-        part = name.removeprefix("s0.")
-        if part.startswith("layers."):
-            _, number, part = part.split(".", 2)
-            name = f"s0.layers.{numbers[int(number)]}.{part}"
+        part = _part(name)
+        if name.startswith(LAYERS):
+            name = f"{LAYERS}{numbers[int(_layer(name))]}.{part}"
         if part.startswith("attention.qkv"):
             parts = [heads(one, 0) for one in x.chunk(3)]
             x = torch.cat([parts[0] * (wide_size / size) ** 0.5, *parts[1:]])
@@ -119,7 +119,7 @@ def matched(reference: Mapping[str, torch.Tensor], other: Mapping[str, torch.Ten
             moved = permuted(other, others, wide)
             gain = torch.zeros(n, n, dtype=torch.float64)
             for name in moved:
-                axis = _axes(name).get(_general(group, name))
+                axis = _axes(name).get(group)
                 if axis is not None and name in reference:
                     one, two = (_open(x[name], name, wide).double().movedim(axis, 0).reshape(n, -1) for x in (reference, moved))
                     gain += one @ two.T
@@ -138,9 +138,8 @@ def permuted(values: Mapping[str, torch.Tensor], order: Mapping[str, torch.Tenso
     for name, value in values.items():
         opened = _open(value, name, wide)
         for group, axis in _axes(name).items():
-            own = order.get(group if group == "residual" else f"{_layer(name)} {group}")
-            if own is not None:
-                opened = opened.index_select(axis, own)
+            if group in order:
+                opened = opened.index_select(axis, order[group])
         found[name] = opened.reshape(value.shape)
     return found
 
@@ -172,22 +171,16 @@ AXES = {  # part of a name -> group -> axis of the opened tensor
 
 
 def _part(name: str) -> str:
-    part = name.removeprefix("s0.")
-    return part.split(".", 2)[2] if part.startswith("layers.") else part
+    return name.removeprefix(LAYERS).split(".", 1)[1] if name.startswith(LAYERS) else name.removeprefix("s0.")
 
 
 def _layer(name: str) -> str:
-    return name.removeprefix("s0.").split(".")[1]
+    return name.removeprefix(LAYERS).split(".", 1)[0]
 
 
 def _axes(name: str) -> dict[str, int]:
-    return AXES[_part(name)]
-
-
-def _general(group: str, name: str) -> str:
-    """A group's name within a tensor's layer; something that is no group where it is of another layer."""
-    layer, _, kind = group.rpartition(" ")
-    return kind if not layer or (name.startswith("s0.layers.") and _layer(name) == layer) else ""
+    """Group -> axis of an opened tensor; heads and hidden units are a layer's own."""
+    return {group if group == "residual" else f"{_layer(name)} {group}": axis for group, axis in AXES[_part(name)].items()}
 
 
 def _open(value: torch.Tensor, name: str, wide: Source) -> torch.Tensor:
@@ -202,7 +195,7 @@ def _open(value: torch.Tensor, name: str, wide: Source) -> torch.Tensor:
 
 def _groups(values: Mapping[str, torch.Tensor], wide: Source) -> dict[str, int]:
     """Group -> how many units."""
-    layers = dict.fromkeys(_layer(name) for name in values if name.startswith("s0.layers."))
+    layers = dict.fromkeys(_layer(name) for name in values if name.startswith(LAYERS))
     found = {"residual": wide.width}
     for layer in layers:
         found |= {f"{layer} heads": wide.heads, f"{layer} hidden": 4 * wide.width}

@@ -299,8 +299,7 @@ def check(study: Study, out: Path) -> None:
     """Raises StudyError if a run that has results there was defined otherwise."""
     for run in study.runs:
         path = out / run.name / "definition.json"
-        wanted = json.loads(json.dumps(definition(study, run)))
-        if path.exists() and (differs := _differences(read_json(path), wanted)):
+        if path.exists() and (differs := _differences(read_json(path), definition(study, run))):
             raise StudyError(
                 f"{path.parent} holds results of a run with other settings ({', '.join(differs)}); "
                 "give another --out, or remove that folder"

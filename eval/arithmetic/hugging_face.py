@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 
@@ -33,7 +32,7 @@ from ..load import load_model
 from ..results import write_whole
 from ..run import own_tasks, run_tasks
 from ..stats import stderr
-from .study import UniqueKeys
+from .study import read_yaml
 from .tasks import generator, make_task, split
 from .text import SYMBOLS, question, words
 
@@ -77,22 +76,13 @@ class Grid:
     training: Training = field(default_factory=Training)
 
 
-def is_grid(path: Path) -> bool:
-    """Whether a configuration is of this kind rather than of the study's own networks."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return False  # whoever reads it as a study says what is wrong
-    return isinstance(content, dict) and "families" in content
-
-
 def read_grid(path: Path, configs: Path) -> Grid:
     """The grid that a file describes; families are names in `configs`/models.
 
     Raises:
         StudyError, RecordError: what is wrong with it.
     """
-    content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+    content = read_yaml(path)
     found = Fields(str(path))
     version, families, datasets, layers, alphas, size, training, *rest = found.take(
         content, schema_version=int, families=list, datasets=list, layers=(list, None), alphas=(list, None),

@@ -1,7 +1,6 @@
 """The study's sixteen figures, each with its data beside it as CSV, and a page that shows them all."""
 
 import html
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +90,7 @@ def _series(
             logs.append(columns(read_log(out, cell)[1:]))
     if not logs or not len(logs[0]["step"]):
         return None
-    size = math.gcd(SMOOTHED, len(logs[0]["step"])) if len(logs[0]["step"]) < SMOOTHED else SMOOTHED
+    size = SMOOTHED if len(logs[0]["step"]) >= SMOOTHED else 1
     count = len(logs[0]["step"]) // size * size
     steps = logs[0]["step"][:count].reshape(-1, size).mean(1)
     return steps, np.stack([one[quantity][:count].reshape(-1, size).mean(1) for one in logs])

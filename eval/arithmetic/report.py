@@ -91,7 +91,7 @@ def on_disk(study: Study, out: Path) -> Study:
     runs, datasets, seeds = [], set(), 0
     for run in study.runs:
         path = out / run.name / "definition.json"
-        if not path.exists() or read_json(path) != json.loads(json.dumps(definition(study, run))):
+        if not path.exists() or read_json(path) != definition(study, run):
             continue
         found = [read_json(one) for one in (out / run.name).glob("*/result.json")]
         if found:

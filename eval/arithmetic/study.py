@@ -110,18 +110,33 @@ def needs(study: Study, cell: Cell) -> list[Cell]:
     return [replace(cell, run=name) for name in study.run(cell.run).trained if name != UNTRAINED]
 
 
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        StudyError: it cannot be read, is not YAML, or repeats a key.
+    """
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except OSError as error:
+        raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def is_grid(path: Path) -> bool:
+    """Whether a configuration is of Hugging Face models (hugging_face.py) rather than of the study's own networks."""
+    content = read_yaml(path)
+    return isinstance(content, dict) and "families" in content
+
+
 def read_study(path: Path) -> Study:
     """The study that a file describes.
 
     Raises:
         StudyError: the file cannot be read, or what it says is not possible; all problems that can be seen at once.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
-    except OSError as error:
-        raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     found = Fields(str(path))
     version, datasets, seeds, modulus, permuted, fraction, recipe, runs = found.take(
         content, schema_version=int, datasets=(list, None), seeds=(int, None), modulus=(int, None), permuted=(int, None),
@@ -202,13 +217,15 @@ def chosen(study: Study, names: Sequence[str]) -> Study:
 def definition(study: Study, run: Run) -> dict[str, Any]:
     """Everything that decides what a run's networks are: what must be the same for results to be gone on with."""
     shown = {key: value for key, value in asdict(run).items() if key not in ("title", "published", "datasets", "compare")}
-    return shown | {
+    everything = shown | {
         "recipe": asdict(study.recipe_of(run)),
         "modulus": study.modulus,
         "permuted": study.permuted,
         "fraction": study.fraction,
         "sources": [digest(study, study.run(name)) for name in run.trained if name != UNTRAINED],
     }
+    found: dict[str, Any] = json.loads(json.dumps(everything))  # as it comes back from a file: lists, not tuples
+    return found
 
 
 def digest(study: Study, run: Run) -> str:
@@ -220,7 +237,7 @@ def digest(study: Study, run: Run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class UniqueKeys(yaml.SafeLoader):
+class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key that stands twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
