@@ -58,27 +58,36 @@ def tiny_folder(name: str, configs: Path, cache: Path, *, seed: int = 0) -> Path
 
 def tiny_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a real model with small sizes; everything that decides the computation's form is kept."""
-    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    small = dict(config) | {
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": max(1, HEADS * kv_heads // heads),
+    small = small_config(
+        config, HIDDEN, INTERMEDIATE, HEADS, 2 * HIDDEN // HEADS
+    ) | {  # real heads are not hidden / heads either
         "vocab_size": VOCABULARY,
         "max_position_embeddings": 512,
         "bos_token_id": 256,
         "eos_token_id": 257,
         "pad_token_id": 258,
     }
-    if config.get("head_dim"):
-        small["head_dim"] = 2 * HIDDEN // HEADS  # not hidden / heads: the real ones differ too
-    if config.get("query_pre_attn_scalar"):
-        small["query_pre_attn_scalar"] = 2 * HIDDEN // HEADS
     if config.get("sliding_window"):
         small["sliding_window"] = WINDOW
     if "original_max_position_embeddings" in (config.get("rope_scaling") or {}):
         small["rope_scaling"] = config["rope_scaling"] | {"original_max_position_embeddings": 256}
     return small
+
+
+def small_config(config: Mapping[str, Any], hidden: int, intermediate: int, heads: int, head_dim: int) -> dict[str, Any]:
+    """The config of a real model with other widths; keys and values keep their share of the heads.
+
+    head_dim    where the config names one; elsewhere it is hidden / heads
+    """
+    old_heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or old_heads
+    small = dict(config) | {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads * kv_heads // old_heads),
+    }
+    return small | {key: head_dim for key in ("head_dim", "query_pre_attn_scalar") if config.get(key)}
 
 
 def write_tiny(config: Mapping[str, Any], folder: Path, *, seed: int = 0, max_shard_size: str = "20KB") -> None:

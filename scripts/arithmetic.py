@@ -112,20 +112,24 @@ def hugging_face(arguments: argparse.Namespace) -> int:
     """Trains small models of several families, fuses their layers and scores them."""
     from eval.arithmetic.hugging_face import grid_cells, grid_table, make_cell, plans, read_grid
     from eval.results import write_whole
+    from merge.runtime import training_device
 
     for option in ("runs", "datasets", "seeds", "steps", "modulus"):
         if getattr(arguments, option) is not None:
             raise UsageError(f"--{option} is of the study's own networks; change {arguments.config} instead")
+    if arguments.workers is not None:
+        raise UsageError("--workers is of the study's own networks; these models are trained one after the other")
     grid = read_grid(arguments.config, CONFIGS)
     todo = grid_cells(grid)
     if arguments.dry_run:
         print("\n".join([*(cell.folder for cell in todo), "each: trained, " + ", ".join(plans(grid))]))
         return 0
+    device = training_device(arguments.device)
     scores = {}
     with counter("training", "update", len(todo) * grid.training.updates, arguments.quiet) as bar:
         for cell in todo:
             bar.set_postfix_str(cell.folder)
-            scores[cell] = make_cell(grid, cell, arguments.out, CONFIGS, bar.update)
+            scores[cell] = make_cell(grid, cell, arguments.out, CONFIGS, bar.update, device=device)
             logging.info("%s: %s", cell.folder, scores[cell])
     table = grid_table(grid, scores)
     write_whole(arguments.out / "table.md", table)
@@ -170,10 +174,11 @@ def plan(study: Any) -> str:
     lines = [f"{'run':38} {'cells':>5} {'parameters':>11} {'trained':>11} {'GFLOP/update':>12} {'updates':>7}"]
     total = 0.0
     for one in study.runs:
-        task = make_task(study.datasets_of(one)[0], study.modulus, study.permuted)
+        tasks = [make_task(dataset, study.modulus, study.permuted) for dataset in study.datasets_of(one)]
         recipe, number = study.recipe_of(one), sum(cell.run == one.name for cell in cells(study))
-        flops = flops_per_update(one, task, recipe)
-        total += number * flops * recipe.updates
+        each = [flops_per_update(one, task, recipe) for task in tasks]
+        total += number / len(tasks) * sum(each) * recipe.updates
+        task, flops = tasks[0], each[0]
         lines.append(
             f"{one.name:38} {number:5} {num_parameters(one.model, task):11,} {trained_parameters(one, task):11,} "
             f"{flops / 1e9:12.2f} {recipe.updates:7}"

@@ -298,3 +298,27 @@ def test_evaluations_count_what_was_drawn():
         assert found.log[-1, columns[1]] == pytest.approx(float((z.argmax(-1) == task.answer[pairs]).float().mean()), abs=1e-6)
     np.testing.assert_allclose(short.log[1, 3:5], found.log[1, 3:5], atol=1e-6)
     assert math.isnan(short.log[1, 5])
+
+
+def test_routing_knows_an_even_a_hard_and_an_unused_one():
+    from eval.arithmetic.routing import routing
+
+    def measured(kind, change=lambda p: None):
+        model = Model((SMALL, SMALL), "dynamic", taps="last", routing=kind)
+        one = member(model, 0)
+        p = {name: value.clone() for name, value in one.start.items()}
+        change(p)
+        z = logits(model, p, Sequences(one.task.a, one.task.op, one.task.b, 11, 1))
+        accuracy = float((z.argmax(-1) == one.task.answer).double().mean())
+        found = routing(model, one.task, torch.arange(len(one.task)), p, generator(0, "shuffle"))
+        assert found["unshuffled_acc"] == pytest.approx(accuracy)
+        return found
+
+    even = measured("mean")
+    assert even["routing_entropy"] == pytest.approx(1.0)
+    assert even["shuffled_acc"] == even["unshuffled_acc"]
+    assert measured("top-1")["routing_entropy"] == pytest.approx(0.0, abs=1e-6)
+    constant = measured("attention", lambda p: p["query.weight"].zero_())  # a query of its bias; keys still differ by input
+    assert 0 < constant["routing_entropy"] < 1
+    seen = measured("attention", lambda p: [p[name].mul_(30) for name in ("query.weight", "key.weight", "value.weight")])
+    assert seen["shuffled_acc"] != seen["unshuffled_acc"]

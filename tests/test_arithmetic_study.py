@@ -554,6 +554,7 @@ def test_small_models_of_every_family_are_trained_fused_and_scored(run, tmp_path
     assert {path: path.stat().st_mtime_ns for path in times} == times
     (tmp_path / "grid.yaml").write_text(GRID.replace("updates: 60", "updates: 61"))
     assert "made with other settings" in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
+    assert "one after the other" in run("arithmetic", "--config", "grid.yaml", "--workers", "2", status=2).stderr
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from .batches import Member, Recipe
 from .layers import Sequences
 from .models import Model, initialise, logits, num_parameters, shapes
 from .results import final_info, metrics
+from .routing import routing
 from .study import OPERATIONS, Cell, Run, Study, cells, definition, needs
 from .tasks import Split, Task, generator, make_task, split
 from .train import COLUMNS, Outcome, train
@@ -76,10 +77,11 @@ def make(
         compiled=compiled and recipe.updates >= LONG, checkpoint=checkpoint, progress=lambda n: progress(n * len(group)),
     )  # fmt: skip
     results = []
-    for cell, task, outcome in zip(group, tasks, outcomes, strict=True):
+    for cell, task, member, outcome in zip(group, tasks, members, outcomes, strict=True):
         result = {
             "run": cell.run, "dataset": cell.dataset, "seed": cell.seed, "updates": recipe.updates,
             **metrics(outcome.log, recipe.updates), "diverged_at": outcome.diverged_at,
+            **_routing(run, task, member, outcome),
             "parameters": num_parameters(run.model, task), "trained_parameters": trained_parameters(run, task),
             "gflop_per_update": flops_per_update(run, task, recipe) / 1e9,
             "time_s": round(outcome.time_s, 2), "cpu_s": round(outcome.cpu_s, 2), "together": len(group), "device": device,
@@ -89,6 +91,12 @@ def make(
         results.append(result)
     checkpoint.unlink(missing_ok=True)
     return results
+
+
+def _routing(run: Run, task: Task, member: Member, outcome: Outcome) -> dict[str, Any]:
+    if run.model.fusion != "dynamic" or outcome.diverged_at is not None:
+        return {}
+    return routing(run.model, task, member.split.validation, outcome.weights, generator(member.seed, "shuffle", task.name))
 
 
 def _write(folder: Path, outcome: Outcome, result: Mapping[str, Any]) -> None:

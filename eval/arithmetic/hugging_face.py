@@ -26,18 +26,20 @@ from merge.publish import new_folder
 from merge.records import Fields, read_json
 from merge.similarity import fold_top
 from merge.source import Source
+from merge.tiny import small_config
 
 from ..errors import StudyError, near
 from ..load import load_model
 from ..results import write_whole
 from ..run import own_tasks, run_tasks
 from ..stats import stderr
-from .study import read_yaml
+from .study import Cell, read_yaml
 from .tasks import generator, make_task, split
 from .text import SYMBOLS, question, words
 
 UNKNOWN, END = "<unk>", "<end>"
 BATCH = 64  # questions that are scored at once
+POSITIONS = 64
 
 
 @dataclass(frozen=True)
@@ -135,22 +137,8 @@ def _numbers(found: Fields, what: str, content: Any, kind: type) -> dict[str, An
     return {key: value for key, value in zip(names, values, strict=True) if value is not None}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One family on one data set from one seed."""
-
-    family: str
-    dataset: str
-    seed: int
-
-    @property
-    def folder(self) -> str:
-        """Of its models, within the grid's."""
-        return f"{self.family}/{self.dataset}_{self.seed}"
-
-
 def grid_cells(grid: Grid) -> list[Cell]:
-    """All of them."""
+    """All of them; a cell's run is the name of its family."""
     return [Cell(family, dataset, seed) for family in grid.families for dataset in grid.datasets for seed in range(grid.seeds)]
 
 
@@ -166,45 +154,51 @@ def plans(grid: Grid) -> dict[str, Plan]:
     return found
 
 
-def make_cell(grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callable[[int], None]) -> dict[str, float]:
+def make_cell(
+    grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callable[[int], None], *, device: str = "cpu"
+) -> dict[str, float]:
     """Trains and merges what is not there yet, and scores all; name of a model -> validation accuracy."""
     folder = out / cell.folder
     identity = json.dumps([asdict(grid.size), asdict(grid.training), grid.modulus, grid.permuted, grid.fraction, asdict(cell)])
     trained = folder / "trained"
     if not trained.exists():
         with new_folder(trained) as scratch:
-            train_family(grid, cell, scratch, configs, progress)
+            train_family(grid, cell, scratch, configs, progress, device)
             (scratch / "grid.json").write_text(identity + "\n")
     else:
         progress(grid.training.updates)
         if (trained / "grid.json").read_text().strip() != identity:
             raise StudyError(f"{folder} was made with other settings; give another --out, or remove that folder with all in it")
-    scores = {"trained": score(grid, cell, trained)}
+    scores = {"trained": score(grid, cell, trained, device)}
     # Gemma 2's layers attend in windows by turns; questions are shorter than any window.
     options = Options(dtype="float32", allow_mixed_attention=True)
     for name, plan in plans(grid).items():
         target = folder / name
         if not target.exists():
             merge_checkpoint(plan, Source(str(trained), trained), target, options)
-        scores[name] = score(grid, cell, target)
+        scores[name] = score(grid, cell, target, device)
     write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
 
 
-def train_family(grid: Grid, cell: Cell, folder: Path, configs: Path, progress: Callable[[int], None]) -> None:
+def train_family(
+    grid: Grid, cell: Cell, folder: Path, configs: Path, progress: Callable[[int], None], device: str = "cpu"
+) -> None:
     """Writes a trained model and its tokenizer into `folder`."""
     task = make_task(cell.dataset, grid.modulus, grid.permuted)
     tokenizer = word_tokenizer(words(task, grid.permuted), SYMBOLS[cell.dataset])
-    record = read_json(configs / "models" / f"{cell.family}.json")["config"]
-    config = transformers.AutoConfig.for_model(**small_config(record, grid.size, len(tokenizer), tokenizer))
+    record = read_json(configs / "models" / f"{cell.run}.json")["config"]
+    config = transformers.AutoConfig.for_model(**trained_config(record, grid.size, tokenizer))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator(cell.seed, "init", cell.family))))
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        torch.manual_seed(int(torch.randint(1 << 31, (), generator=generator(cell.seed, "init", cell.run))))
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").to(
+            device
+        )
     parts, written = split(task, cell.seed, grid.fraction), words(task, grid.permuted)
     texts = []
     for a, b, answer in zip(*(x[parts.train].tolist() for x in (task.a, task.b, task.answer)), strict=True):
         texts.append(f"{question(task, written[a], written[b])} {written[answer]}")
-    tokens = torch.tensor(tokenizer(texts)["input_ids"])
+    tokens = torch.tensor(tokenizer(texts)["input_ids"], device=device)
     recipe = grid.training
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
@@ -224,25 +218,20 @@ def train_family(grid: Grid, cell: Cell, folder: Path, configs: Path, progress: 
     tokenizer.save_pretrained(folder)
 
 
-def small_config(config: Mapping[str, Any], size: Size, vocabulary: int, tokenizer: Any) -> dict[str, Any]:
-    """A real model's config with small sizes; head sizes and groups of keys keep their proportions."""
-    heads, kv_heads = config["num_attention_heads"], config.get("num_key_value_heads") or config["num_attention_heads"]
-    small = dict(config) | asdict(size)
-    small |= {
-        "num_key_value_heads": max(1, size.num_attention_heads * kv_heads // heads),
-        "vocab_size": vocabulary,
-        "max_position_embeddings": 64,
+def trained_config(config: Mapping[str, Any], size: Size, tokenizer: Any) -> dict[str, Any]:
+    """A real model's config with the grid's sizes."""
+    heads = size.num_attention_heads
+    small = small_config(config, size.hidden_size, size.intermediate_size, heads, size.hidden_size // heads)
+    for name in ("rope_scaling", "torch_dtype"):  # positions are few
+        small.pop(name, None)
+    if "original_max_position_embeddings" in config:
+        small["original_max_position_embeddings"] = POSITIONS
+    return small | {
+        "num_hidden_layers": size.num_hidden_layers,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": POSITIONS,
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id),
     }
-    if config.get("head_dim"):
-        small["head_dim"] = size.hidden_size // size.num_attention_heads
-    if config.get("query_pre_attn_scalar"):
-        small["query_pre_attn_scalar"] = size.hidden_size // size.num_attention_heads
-    if "original_max_position_embeddings" in config:
-        small["original_max_position_embeddings"] = 64
-    small.pop("rope_scaling", None)  # positions are few
-    small.pop("torch_dtype", None)
-    return small
 
 
 def word_tokenizer(symbols: Sequence[str], operator: str) -> Any:
@@ -255,11 +244,11 @@ def word_tokenizer(symbols: Sequence[str], operator: str) -> Any:
     )
 
 
-def score(grid: Grid, cell: Cell, folder: Path) -> float:
+def score(grid: Grid, cell: Cell, folder: Path, device: str) -> float:
     """A folder's accuracy on all validation pairs, by lm-eval's task arithmetic_DATASET with this grid's numbers."""
     name = f"arithmetic_{cell.dataset}"
     manager = own_tasks(seed=cell.seed, modulus=grid.modulus, permuted=grid.permuted, fraction=grid.fraction)
-    lm, _ = load_model(Source(str(folder), folder).checkpoint(), "cpu", "float32", batch_size=BATCH)
+    lm, _ = load_model(Source(str(folder), folder).checkpoint(), device, "float32", batch_size=BATCH)
     found = run_tasks(lm, [name], manager=manager, answered=lambda requests: None)
     assert found is not None  # there is one process
     return float(found["results"][name]["acc,none"])
@@ -271,7 +260,7 @@ def grid_table(grid: Grid, scores: Mapping[Cell, Mapping[str, float]]) -> str:
     lines = ["| family | data set | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for family in grid.families:
         for dataset in grid.datasets:
-            several = [one for cell, one in scores.items() if (cell.family, cell.dataset) == (family, dataset)]
+            several = [one for cell, one in scores.items() if (cell.run, cell.dataset) == (family, dataset)]
             if several:
                 columns = [[one[name] for one in several] for name in names]
                 means = [f"{sum(x) / len(x):.3f}" + (f" +- {stderr(x):.2g}" if len(x) > 1 else "") for x in columns]

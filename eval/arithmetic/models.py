@@ -362,8 +362,12 @@ def routing_weights(model: Model, p: Parameters, sequences: Sequences) -> tuple[
 
 
 def _dynamic(model: Model, p: Parameters, sequences: Sequences, keep: torch.Tensor | None) -> torch.Tensor:
-    weights, outputs = routing_weights(model, p, sequences)
-    values = linear(p, "value", outputs).unflatten(-1, (model.heads, HEAD_SIZE))
+    return dynamic_logits(p, *routing_weights(model, p, sequences))
+
+
+def dynamic_logits(p: Parameters, weights: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """[B, n] of dynamic fusion's outputs [K, B, d] under these weights [K, B, H]."""
+    values = linear(p, "value", outputs).unflatten(-1, (weights.shape[-1], HEAD_SIZE))
     mixed = linear(p, "out", (weights[..., None] * values).sum(0).flatten(1))
     return _head(p, "", outputs.mean(0) + mixed)
 

@@ -33,6 +33,7 @@ from .study import Cell, Run, Study, definition
 from .tasks import MODULUS, PERMUTED, TASKS
 
 ENOUGH = 3  # pairs for an interval
+ROUTING = ("routing_entropy", "unshuffled_acc", "shuffled_acc")
 HEADER = (
     *(
         "run",
@@ -134,7 +135,8 @@ def _row(
     good = [one for one in results if one["diverged_at"] is None]
     values = {
         name: spread([one[name] for one in good if one[name] is not None])
-        for name in (*METRICS, "full_val_acc", "median_val_acc", "start_full_val_acc")
+        for name in (*METRICS, "full_val_acc", "median_val_acc", "start_full_val_acc", *ROUTING)
+        if all(name in one for one in results)
     }
     first = results[0]
     if (study.modulus, study.permuted, study.recipe_of(run)) != (MODULUS, PERMUTED, Recipe()):
@@ -272,6 +274,16 @@ def markdown(rows: Sequence[Row]) -> str:
                 f"{row.parameters:,}", f"{row.gflop_per_update:.2f}", _cost(row), f"{row.cpu_s:.0f}",
             ]  # fmt: skip
             lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    if routed := [row for row in rows if set(ROUTING) <= row.metrics.keys()]:
+        lines += [
+            "### Routing of dynamic fusion\n",
+            "| run | data set | entropy / ln K | accuracy | with another pair's weights |",
+        ]
+        lines += ["|---|---|---|---|---|"]
+        lines += [
+            f"| {row.title} | {row.dataset} | " + " | ".join(str(row.metrics[x]) for x in ROUTING) + " |" for row in routed
+        ]
         lines.append("")
     return "\n".join(lines)
 
