@@ -45,12 +45,12 @@ def main() -> None:
 
     from eval.load import load_model
     from eval.objective import Part, capture_text, interval, measure, text_nll, text_windows
-    from eval.results import write_whole
     from eval.run import plain_text
     from eval.stats import perplexity
     from eval.trial import LayerWeights, Mixture, Tail, plan_tail
     from merge.methods import plan_dropping
     from merge.plan import Step
+    from merge.publish import write_whole
     from merge.search import gradient_search
     from merge.source import resolve
     from merge.space import Alphas, Coefficients, RowSpec, groups_of

@@ -19,9 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from merge.plan import Plan
+from merge.publish import whole_file
 from merge.search import Trial
-
-from .results import whole_file
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#999999"
@@ -176,3 +175,20 @@ def slices(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], foun
     figure.suptitle("Loss along one parameter; dashed: as found", fontsize=10)
     figure.supylabel(what, fontsize=9)
     save(figure, path, ("parameter", "value", "loss"), ((name, *point) for name, curve in curves.items() for point in curve))
+
+
+def loss_curve(log: Path, path: Path) -> None:
+    """The loss of every update and on held-out text, from a training log; the log is its data."""
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    update = [float(row["update"]) for row in rows]
+    figure, (ax,) = axes()
+    ax.plot(update, [float(row["loss"]) for row in rows], color=GREY, linewidth=1, label="training batch")
+    measured = [(x, float(row["held_out"])) for x, row in zip(update, rows, strict=True) if row["held_out"]]
+    if measured:
+        ax.plot(*zip(*measured, strict=True), color=COLOURS[0], marker="o", markersize=4, label="held-out text")
+    ax.set(xlabel="update", ylabel="loss, nats per token", title="Training of the fusers")
+    ax.legend(frameon=False)
+    FigureCanvasAgg(figure)
+    with whole_file(path) as scratch:
+        figure.savefig(scratch, dpi=DPI, format="png", bbox_inches="tight")

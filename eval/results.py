@@ -4,13 +4,13 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from merge.errors import RecordError
+from merge.publish import whole_file, write_whole
 from merge.records import read_json
 
 from .errors import DataError, ScoreError
@@ -125,23 +125,6 @@ def write_results(path: Path, record: Mapping[str, Any], answers: Sequence[Answe
         parquet.write_table(table, scratch)
         content = {"schema_version": SCHEMA_VERSION, "answers_sha256": _sha256(scratch), **record}
     write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file that appears whole."""
-    with whole_file(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A scratch name to write to, which becomes `path` at the end; nothing is left if writing fails."""
-    scratch = path.with_name(path.name + ".partial")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

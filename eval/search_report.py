@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from merge.plan import Plan, plan_to_dict
+from merge.publish import whole_file, write_whole
 from merge.search import Trial
 
 from .objective import Array, interval, scores
-from .results import whole_file, write_whole
 from .stats import CONFIDENCE, Mean, mcnemar
 
 Measured = Mapping[str, Mapping[str, Mapping[str, Array]]]

@@ -27,11 +27,11 @@ from merge.blueprint import Blend, Output, make_blueprint
 from merge.checkpoint import Checkpoint
 from merge.families import ATTENTION_READERS, FAMILIES
 from merge.plan import Plan
+from merge.publish import whole_file
 from merge.space import Space
 
 from .errors import TrialError
 from .lm import PrefixLM
-from .results import whole_file
 from .tree import Limits, Pack
 from .tree import plan as prefix_trees
 

@@ -94,6 +94,23 @@ def remove_dead_scratch(target: Path) -> list[Path]:
     return removed
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A scratch name to write to, which becomes `path` at the end; nothing is left if writing fails."""
+    scratch = path.with_name(path.name + ".partial")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that appears whole."""
+    with whole_file(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
 def _missing_parents(folder: Path) -> list[Path]:
     """The folders that have to be created for `folder` to exist, deepest first."""
     missing = []

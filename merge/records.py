@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .errors import RecordError
 
 SCHEMA_VERSION = 1  # of alphas files, plans and reports
@@ -50,6 +52,30 @@ def parse_json(text: bytes | str, where: str) -> Any:
         raise
     except (ValueError, RecursionError) as error:  # ValueError covers bad syntax and bad UTF-8
         raise RecordError(f"{where} is not valid JSON: {error}") from error
+
+
+def read_yaml(path: Path) -> Any:
+    """The content of a YAML file, of which JSON is a part.
+
+    Raises:
+        RecordError: it cannot be read, is not YAML, or repeats a key.
+    """
+
+    class UniqueKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+            if twice:
+                raise yaml.YAMLError(f"{', '.join(twice)} stands twice in one mapping, line {node.start_mark.line + 1}")
+            found: dict[Any, Any] = super().construct_mapping(node, deep)
+            return found
+
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 class Fields:

@@ -19,6 +19,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from eval.errors import EvalError
 from merge.errors import MergeError
+from merge.fusion.errors import FusionError
 from merge.source import Source, resolve
 
 CONFIGS = ROOT / "configs"
@@ -98,7 +99,7 @@ def run(
         sys.exit(main(arguments) or 0)
     except UsageError as error:
         result.error(str(error))
-    except (MergeError, EvalError) as error:
+    except (MergeError, EvalError, FusionError) as error:
         _end(arguments, f"error: {_one_line(error)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
         _end(arguments, stopped, 143 if isinstance(error, _TerminatedError) else 130)

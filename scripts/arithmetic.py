@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> int:
 def hugging_face(arguments: argparse.Namespace) -> int:
     """Trains small models of several families, fuses their layers and scores them."""
     from eval.arithmetic.hugging_face import grid_cells, grid_table, make_cell, plans, read_grid
-    from eval.results import write_whole
+    from merge.publish import write_whole
     from merge.runtime import training_device
 
     for option in ("runs", "datasets", "seeds", "steps", "modulus"):

@@ -81,7 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
     def finish() -> None:
         from lm_eval.utils import make_table
 
-        from eval.results import write_whole
+        from merge.publish import write_whole
 
         assert found is not None  # this is the first process
         keep = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs", "lm_eval_version")

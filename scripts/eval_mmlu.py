@@ -197,7 +197,7 @@ class _Progress:
 
     def start(self) -> None:
         """Writes what was finished, without a line that was being written when the earlier run stopped."""
-        from eval.results import write_whole
+        from merge.publish import write_whole
 
         write_whole(self.path, "\n".join([self.header, *map(self._line, self.finished)]) + "\n")
 

@@ -370,7 +370,7 @@ def _write_plan(arguments: argparse.Namespace, plan: Plan, space: Any, trials: l
 
 def _write(arguments: argparse.Namespace, source: Any, plan: Plan, report: dict[str, Any]) -> None:
     """alphas.json where there are alphas, and search.json, which comes last."""
-    from eval.results import write_whole
+    from merge.publish import write_whole
 
     if plan.steps:
         keys = ("target", "objective", "method", "seed", "split", "trials", "loss")

@@ -177,7 +177,7 @@ def _activations(arguments: argparse.Namespace, source: Any, texts: list[str]) -
 
 def _write(arguments: argparse.Namespace, source: Any, plan: Plan, provenance: dict[str, Any]) -> None:
     """The alphas, or the plan where layers are dropped."""
-    from eval.results import write_whole
+    from merge.publish import write_whole
 
     if plan.steps:
         found = Alphas(plan.steps, arguments.out.stem, source.spec, plan.num_hidden_layers, provenance)

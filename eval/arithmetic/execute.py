@@ -29,10 +29,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
+from merge.publish import whole_file, write_whole
 from merge.records import read_json
 
 from ..errors import EvalError, StudyError, short
-from ..results import whole_file, write_whole
 from .average import average
 from .batches import Member, Recipe
 from .layers import Sequences

@@ -22,18 +22,17 @@ from torch.nn import functional
 from merge.api import Options, merge_checkpoint
 from merge.methods import plan_from_method
 from merge.plan import Plan
-from merge.publish import new_folder
-from merge.records import Fields, read_json
+from merge.publish import new_folder, write_whole
+from merge.records import Fields, read_json, read_yaml
 from merge.similarity import fold_top
 from merge.source import Source
 from merge.tiny import small_config
 
 from ..errors import StudyError, near
 from ..load import load_model
-from ..results import write_whole
 from ..run import own_tasks, run_tasks
 from ..stats import stderr
-from .study import Cell, read_yaml
+from .study import Cell
 from .tasks import generator, make_task, split
 from .text import SYMBOLS, question, words
 

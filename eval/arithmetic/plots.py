@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from merge.publish import write_whole
+
 from ..plots import COLOURS, axes, save
-from ..results import write_whole
 from ..stats import stderr
 from .execute import read_log, read_result
 from .report import Row, markdown

@@ -21,10 +21,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from merge.publish import write_whole
 from merge.records import read_json
 
 from ..compare import SIGNIFICANT
-from ..results import write_whole
 from ..stats import Mean, holm, mean
 from .batches import Recipe
 from .execute import read_result

@@ -14,9 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from merge.records import Fields
+from merge.records import Fields, read_yaml
 
 from ..errors import StudyError, near
 from .average import ALIGNMENTS, target
@@ -108,20 +106,6 @@ def cells(study: Study) -> list[Cell]:
 def needs(study: Study, cell: Cell) -> list[Cell]:
     """The cells whose networks are the sources of a cell."""
     return [replace(cell, run=name) for name in study.run(cell.run).trained if name != UNTRAINED]
-
-
-def read_yaml(path: Path) -> Any:
-    """The content of a YAML file.
-
-    Raises:
-        StudyError: it cannot be read, is not YAML, or repeats a key.
-    """
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except OSError as error:
-        raise StudyError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def is_grid(path: Path) -> bool:
@@ -235,18 +219,6 @@ def digest(study: Study, run: Run) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a key that stands twice."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-        if twice:
-            raise yaml.YAMLError(f"{', '.join(twice)} stands twice in one mapping, line {node.start_mark.line + 1}")
-        found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
 
 
 def _read_run(found: Fields, name: str, content: Any, known: Mapping[str, Run]) -> Run | None:

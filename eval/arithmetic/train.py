@@ -23,8 +23,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
+from merge.publish import whole_file
+
 from ..errors import StudyError
-from ..results import whole_file
 from .batches import Batches, Member, Recipe, stacked
 from .layers import Sequences
 from .models import Model, logits
