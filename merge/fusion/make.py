@@ -1,0 +1,199 @@
+"""A recipe becomes a folder: assemble, train, publish.
+
+    OUT.work/assembled   the fused model before training, whole; equal to its host
+    OUT.work/training    the checkpoint that training goes on from
+    OUT                  appears at the end, whole; OUT.work is removed then
+
+The same command goes on where a killed one stopped; another recipe, or sources that changed, are refused.
+"""
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from ..execute import Progress
+from ..publish import check_target, new_folder
+from ..runtime import FLOATS, torch_dtype
+from .assemble import FUSERS_FILE, RECORD_FILE, Parts, as_dtype, read_record, read_tokenizer, write_assembled, write_json
+from .errors import FusionError
+from .modeling_fusion import FusionForCausalLM
+from .text import read_documents, split_blocks, token_blocks
+from .train import Trained, held_out_loss, log_text, train
+
+log = logging.getLogger(__name__)
+
+LOG_FILE = "training.csv"
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What came of a recipe: parameters in all and of the fusers; the last losses in nats per token, where it was trained."""
+
+    parameters: int
+    fuser_parameters: int
+    loss: float | None = None
+    held_out: float | None = None
+    held_out_before: float | None = None
+    tokens: int = 0
+    time_s: float = 0.0
+
+
+def fuse(
+    parts: Parts,
+    out: Path,
+    *,
+    device: str = "cpu",
+    accelerator: Accelerator | None = None,
+    overwrite: bool = False,
+    command: str = "",
+    copying: Callable[[int], Progress] = lambda total: lambda done: None,
+    training: Callable[[int, Mapping[str, float]], None] = lambda tokens, row: None,
+) -> Fused:
+    """Makes the folder `out`; in each of several processes under `accelerate launch`, of which the first writes.
+
+    Args:
+        training: told after every update of its tokens and its row of the log.
+
+    Raises:
+        FusionError, MergeError: what cannot be read, fused, trained or written; `out` is as it was.
+    """
+    check_target(out, overwrite=overwrite, marker=RECORD_FILE)
+    work = out.with_name(f"{out.name}.work")
+    assembled, writes = work / "assembled", accelerator is None or accelerator.is_main_process
+    data = _data(parts)  # what is wrong with the text is found before anything is written
+    if writes:
+        _assemble(parts, assembled, command, copying)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    trained, before = None, None
+    if data is not None:
+        trained, before = _train(parts, work, data, accelerator or Accelerator(cpu=device == "cpu"), training)
+    if writes:
+        _publish(parts, assembled, out, trained, overwrite)
+        shutil.rmtree(work, ignore_errors=True)
+    combination = parts.combination
+    if trained is None:
+        return Fused(combination.parameters, combination.fuser_parameters)
+    recipe = parts.recipe.training
+    assert recipe is not None
+    held_out = trained.log[-1][2]
+    return Fused(
+        combination.parameters, combination.fuser_parameters, trained.log[-1][1],
+        None if before is None else held_out, before, recipe.updates * recipe.batch * recipe.block, round(trained.time_s, 2),
+    )  # fmt: skip
+
+
+def _assemble(parts: Parts, assembled: Path, command: str, copying: Callable[[int], Progress]) -> None:
+    if assembled.exists():
+        found = {key: value for key, value in read_record(assembled).items() if key in ("recipe", "sources")}
+        if found != parts.identity:
+            what = "sources that have changed since" if found["recipe"] == parts.identity["recipe"] else "another recipe"
+            raise FusionError(f"{assembled.parent} is of {what}; give another --out, or remove that folder to begin anew")
+        log.info("going on with %s", assembled.parent)
+        return
+    with new_folder(assembled) as scratch:
+        write_assembled(parts, scratch, command=command, progress=copying)
+
+
+def _data(parts: Parts) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(blocks to train on, held-out blocks)."""
+    recipe = parts.recipe.training
+    if recipe is None:
+        return None
+    blocks = token_blocks(read_documents(recipe.text), read_tokenizer(parts.sources[0]), recipe.block)
+    return split_blocks(blocks, recipe.held_out, recipe.seed)
+
+
+def _train(
+    parts: Parts,
+    work: Path,
+    data: tuple[torch.Tensor, torch.Tensor],
+    accelerator: Accelerator,
+    told: Callable[[int, Mapping[str, float]], None],
+) -> tuple[Trained, float | None]:
+    recipe = parts.recipe.training
+    assert recipe is not None
+    blocks, held_out = data
+    model = load_fused(work / "assembled", accelerator.device)
+    check_finite(model, blocks[:1].to(accelerator.device))
+    teacher = None
+    if recipe.distil is not None:
+        teacher = AutoModelForCausalLM.from_pretrained(recipe.distil, dtype="auto").to(accelerator.device).eval()
+        if teacher.config.vocab_size != model.config.text_config.vocab_size:
+            raise FusionError(
+                f"distil: {recipe.distil} has a vocabulary of {teacher.config.vocab_size:,}, the host one of "
+                f"{model.config.text_config.vocab_size:,}; expected the host before its layers were fused, or one of its family"
+            )
+    before = held_out_loss(model, held_out, recipe.batch, accelerator) if len(held_out) else None
+    checkpoint = work / "training" / "state.safetensors"
+    found = train(
+        model, blocks, held_out, recipe, accelerator=accelerator, teacher=teacher, checkpoint=checkpoint,
+        identity=parts.identity, progress=told,
+    )  # fmt: skip
+    return found, before
+
+
+def load_fused(folder: Path, device: Any) -> FusionForCausalLM:
+    """The model of an assembled folder: backbones in the dtype that they are stored in, fusers in float32."""
+    stored = json.loads((folder / "config.json").read_text())["text_config"]
+    name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
+    model = FusionForCausalLM.from_pretrained(folder, dtype=torch_dtype(name if name in FLOATS.values() else "float32"))
+    model.fusers.float()
+    values = load_file(folder / FUSERS_FILE)
+    with torch.no_grad():
+        for key, value in model.fuser_parameters().items():
+            value.copy_(values[key])
+    found: FusionForCausalLM = model.to(device).eval()
+    return found
+
+
+def check_finite(model: FusionForCausalLM, ids: torch.Tensor) -> None:
+    """Raises FusionError where a donor's states are not finite: 0 x inf would not be 0, so the host would not be kept."""
+    features = model.features(ids)
+    number = 0
+    for index, donor in enumerate(model.config.donors):
+        for tap in donor["taps"]:
+            if not torch.isfinite(features.aligned[number]).all():
+                raise FusionError(
+                    f"donor {index}: its states after layer {tap} are not finite in {features.aligned[number].dtype}; "
+                    "run it in bfloat16 or float32 (--dtype)"
+                )
+            number += 1
+
+
+def _publish(parts: Parts, assembled: Path, out: Path, trained: Trained | None, overwrite: bool) -> None:
+    """Backbones are linked, so that nothing large is written twice; what training changed is written anew."""
+    with new_folder(out, overwrite=overwrite, marker=RECORD_FILE) as scratch:
+        for path in sorted(assembled.iterdir()):
+            changed = trained is not None and path.name in (FUSERS_FILE, RECORD_FILE)
+            if not changed:
+                _link(path, scratch / path.name)
+        if trained is None:
+            return
+        tensors = load_file(assembled / FUSERS_FILE) | trained.values
+        host = parts.blueprints[0]
+        stored = next(iter({FLOATS[out.dtype] for out in host.outputs if out.dtype in FLOATS}), "float32")
+        save_file(as_dtype(tensors, stored), scratch / FUSERS_FILE, {"format": "pt"})
+        (scratch / LOG_FILE).write_text(log_text(trained.log))
+        recipe = parts.recipe.training
+        assert recipe is not None
+        told = {"updates": len(trained.log), "time_s": round(trained.time_s, 2), "settings": asdict(recipe)}
+        write_json(scratch / RECORD_FILE, read_record(assembled) | {"training": told, "written": int(time.time())})
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,199 @@
+"""A host that reads the intermediate states of donors: one causal language model, from models of other architectures.
+
+    for every donor    its tokens (`streams`), run without gradients as far as its last tap; states at the taps
+    at every site      h <- h + Delta(h, f_1..f_K)   (`fusers`), by a forward hook, so that the host's code and names stay
+    then               the host's own norm, head and loss
+
+    >>> from merge.fusion import FusionForCausalLM                      # registers with AutoModelForCausalLM
+    >>> model = AutoModelForCausalLM.from_pretrained("runs/fused")      # doctest: +SKIP
+
+generate() with caches, beams and left padding, and lm-eval work as for the host alone. Only the fusers are trainable.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+
+from .configuration_fusion import FusionConfig
+from .errors import FusionError
+from .fusers import MODES, Features, Fuser
+from .streams import FusionCache, Stream, check_cache, expand
+
+
+class FusionForCausalLM(PreTrainedModel, GenerationMixin):
+    """A host with donors; all arguments of `forward` are the host's.
+
+    `control` replaces what the donors say, for comparisons: "zero", or "shuffle" (another row's; batches of two and more).
+
+    Args:
+        host, donors: models to build it of instead of empty ones; donors without head, cut after their last tap.
+
+    Raises:
+        FusionError: a mode, tap or site that does not exist; in `forward`, inputs without token ids, a cache of another kind.
+    """
+
+    config_class = FusionConfig
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+    _no_split_modules: ClassVar[list[str]] = [cls.__name__ for cls in MODES.values()]
+
+    def __init__(
+        self, config: FusionConfig, host: PreTrainedModel | None = None, donors: Sequence[PreTrainedModel] | None = None
+    ) -> None:
+        asked = getattr(config, "_attn_implementation_internal", None)  # before the base class puts its default there
+        super().__init__(config)
+        self.host = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=asked) if host is None else host
+        how = {"attn_implementation": "eager"} if asked == "eager" else {}  # donors get masks that others may not take
+        self.donors: Any = nn.ModuleList(
+            [AutoModel.from_config(one, **how) for one in config.donor_configs()] if donors is None else donors
+        )
+        fusion = config.fusion
+        rest = (config.widths(), fusion["rank"], fusion["heads"], fusion["norm"], fusion["dropout"])
+        self.fusers: Any = nn.ModuleList(
+            MODES[fusion["mode"]](site, config.text_config.hidden_size, *rest) for site in fusion["sites"]
+        )
+        rows = config.text_config.vocab_size + 1
+        for number, donor in enumerate(config.donors):
+            self.register_buffer(f"offsets_{number}", torch.zeros(rows, dtype=torch.int32))
+            self.register_buffer(f"tokens_{number}", torch.zeros(donor["map_size"], dtype=torch.int32))
+        self.control: str | None = None
+        self._features: Features | None = None
+        self._states: dict[tuple[int, int], torch.Tensor] = {}
+        parts: Any = self  # attributes of modules have no types
+        for number, donor in enumerate(config.donors):
+            for tap in donor["taps"]:
+                parts.donors[number].layers[tap - 1].register_forward_hook(partial(self._tap, (number, tap)))
+        for site, fuser in zip(fusion["sites"], parts.fusers, strict=True):
+            parts.host.model.layers[site - 1].register_forward_hook(partial(self._inject, fuser))
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of any model of transformers; then all but the fusers is frozen again, which loading undoes."""
+        found = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found).freeze()
+        return found
+
+    def freeze(self) -> None:
+        """Only the fusers are trained."""
+        for name, value in self.named_parameters():
+            value.requires_grad_(name.startswith("fusers."))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: FusionCache | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What the host returns: loss where `labels` are given, logits [B, T, V], past_key_values, ..."""
+        if input_ids is None:
+            raise FusionError("a fused model reads input_ids: its donors have other embeddings; found inputs_embeds alone")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise FusionError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected [batch, tokens so far]")
+        check_cache(past_key_values)
+        if past_key_values is None and (self.config.text_config.use_cache if use_cache is None else use_cache):
+            if not self.training:
+                past_key_values = FusionCache(self.config)
+        try:
+            self._features = self.features(input_ids, attention_mask, past_key_values)
+            return self.host(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                **kwargs,
+            )
+        finally:
+            self._features = None
+            self._states.clear()
+
+    @torch.no_grad()
+    def features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: FusionCache | None = None
+    ) -> Features:
+        """What the donors say of host ids [B, T]; the mask may reach back to what is in the cache."""
+        current = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        found = Features([], [])
+        streams = [Stream(None) for _ in self.donors] if cache is None else cache.streams
+        for number, (donor, stream) in enumerate(zip(self.donors, streams, strict=True)):
+            offsets, tokens = getattr(self, f"offsets_{number}"), getattr(self, f"tokens_{number}")
+            new = expand(input_ids.to(offsets.device), current.to(offsets.device), offsets, tokens)
+            inputs = stream.inputs(new, donor.config, donor.dtype)
+            taps = self.config.donors[number]["taps"]
+            if new.ids.shape[1]:
+                donor(**inputs)
+                states = [self._states.pop((number, tap)) for tap in taps]
+            else:  # nothing but control tokens
+                like = donor.embed_tokens.weight
+                states = [like.new_zeros(len(input_ids), 0, like.shape[1]) for _ in taps]
+            aligned, memories = stream.take(new, states)
+            found.aligned += aligned
+            found.memories += memories
+        return self.controlled(found)
+
+    def controlled(self, found: Features) -> Features:
+        """The features, or what `control` puts in their place."""
+        if self.control is None:
+            return found
+        if self.control not in ("zero", "shuffle"):
+            raise FusionError(f"there is no control {self.control!r}; there are zero, shuffle")
+
+        def change(x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros_like(x) if self.control == "zero" else x.roll(1, 0)
+
+        for memory in found.memories:
+            memory.new = change(memory.new)
+            if self.control == "shuffle":
+                memory.positions, memory.valid = memory.positions.roll(1, 0), memory.valid.roll(1, 0)
+        return Features([change(x) for x in found.aligned], found.memories)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The host's."""
+        found: nn.Module = self.host.get_input_embeddings()
+        return found
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The host's."""
+        found: nn.Module = self.host.get_output_embeddings()
+        return found
+
+    def fuser_parameters(self) -> dict[str, nn.Parameter]:
+        """What is trained, by its name in the model."""
+        return {f"fusers.{name}": value for name, value in self.fusers.named_parameters()}
+
+    def _tap(self, key: tuple[int, int], module: nn.Module, arguments: Any, output: Any) -> None:
+        self._states[key] = output[0] if isinstance(output, tuple) else output
+
+    def _inject(self, fuser: Fuser, module: nn.Module, arguments: Any, output: Any) -> Any:
+        if self._features is None:  # the host is called by itself
+            return None
+        if isinstance(output, tuple):
+            return (output[0] + fuser(output[0], self._features), *output[1:])
+        return output + fuser(output, self._features)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Fuser):
+            module.reset_parameters()
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **kwargs: Any
+    ) -> None:
+        """Generation makes the host's kind of cache; ours has the donors' beside it."""
+        if generation_config.cache_implementation is not None:
+            raise FusionError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; a fused model has its own, leave it out"
+            )
+        given = model_kwargs.get("past_key_values")
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **kwargs)
+        if given is None and model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = FusionCache(self.config)

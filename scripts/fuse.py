@@ -1,0 +1,135 @@
+"""Joins models of different architectures: a host that reads the intermediate states of donors, as one Hugging Face model."""
+
+import _checkout  # noqa: F401 (puts the repository first on sys.path)
+import argparse
+import json
+import logging
+import os
+import shlex
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from _cli import CONFIGS, UsageError, bar, parser, run
+from _scoring import counter
+
+EXAMPLES = """\
+  python scripts/fuse.py --config configs/fusion/tiny.yaml --out runs/tiny-fused          random twins, a minute on a CPU
+  python scripts/fuse.py --config configs/fusion/llama3-19l+gemma2.json --dry-run         what it would be, from headers alone
+  accelerate launch scripts/fuse.py --config configs/fusion/tiny.yaml --out runs/fused    several processes"""
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    result = parser(__doc__ or "", EXAMPLES)
+    result.add_argument("--config", type=Path, required=True, metavar="FILE", help="host, donors, fusion and training")
+    result.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: runs/ and the name of the config)")
+    result.add_argument("--overwrite", action="store_true", help="replace an earlier result")
+    result.add_argument("--dry-run", action="store_true", help="parameters and layers, from configs and headers alone")
+    result.add_argument("--no-training", action="store_true", help="assemble only: the result equals its host")
+    how = result.add_argument_group("how")
+    how.add_argument("--dtype", default="auto", help="of the backbones: auto (as stored), float32, bfloat16, float16")
+    how.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1 for training (default: a GPU where there is one)"
+    )
+    how.add_argument("--updates", type=int, metavar="N", help="instead of the config's")
+    how.add_argument("--text", metavar="A,B,...", help="files or data sets to train on instead of the config's")
+    return result
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Reads the recipe, finds the models, makes the folder."""
+    from merge.fusion.assemble import make_parts
+    from merge.fusion.make import fuse
+    from merge.fusion.recipe import read_recipe
+    from merge.source import resolve
+
+    recipe = change(read_recipe(arguments.config), arguments)
+    models = [recipe.host, *recipe.donors]
+    sources = [resolve(one.model, revision=one.revision, configs=CONFIGS, headers_only=arguments.dry_run) for one in models]
+    parts = make_parts(recipe, sources, dtype=arguments.dtype)
+    if arguments.dry_run:
+        print(described(parts))
+        return 0
+    out = (arguments.out or Path("runs") / arguments.config.stem).resolve()
+    accelerator, device = runtime(arguments.device)
+    first = accelerator is None or accelerator.is_main_process
+    total = recipe.training.updates * recipe.training.batch * recipe.training.block if recipe.training else 0
+    with counter("training", "token", total, arguments.quiet or not first) as progress:
+
+        def told(tokens: int, row: Any) -> None:
+            progress.update(tokens)
+            progress.set_postfix_str(f"loss {row['loss']:.4f}")
+            if row["held_out"] == row["held_out"]:
+                logging.info("update %d: loss %.4f, held out %.4f", row["update"], row["loss"], row["held_out"])
+
+        found = fuse(
+            parts, out, device=device, accelerator=accelerator, overwrite=arguments.overwrite,
+            command=shlex.join(["python", *sys.argv]), copying=bar("copying", arguments.quiet), training=told,
+        )  # fmt: skip
+    if first:
+        if recipe.training and not arguments.quiet:
+            draw(out)
+        print(json.dumps({"out": str(out), **asdict(found)}))
+    return 0
+
+
+def change(recipe: Any, arguments: argparse.Namespace) -> Any:
+    """The recipe with what the command line says instead."""
+    if arguments.no_training:
+        if arguments.updates or arguments.text:
+            raise UsageError("--no-training goes with neither --updates nor --text")
+        return replace(recipe, training=None)
+    changes: dict[str, Any] = {}
+    if arguments.updates is not None:
+        if arguments.updates < 1:
+            raise UsageError(f"--updates is {arguments.updates}; expected at least 1")
+        changes["updates"] = arguments.updates
+    if arguments.text:
+        changes["text"] = tuple(name.strip() for name in arguments.text.split(","))
+    if changes and recipe.training is None:
+        raise UsageError(f"{arguments.config} has no training that --updates or --text could change")
+    return replace(recipe, training=replace(recipe.training, **changes)) if changes else recipe
+
+
+def runtime(device: str) -> tuple[Any, str]:
+    """(accelerator where there are several processes, device of training)."""
+    from merge.runtime import training_device
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None, training_device(device)
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=device == "cpu")
+    return accelerator, str(accelerator.device)
+
+
+def described(parts: Any) -> str:
+    """What a recipe comes to, for a person."""
+    combination = parts.combination
+    sites = ", ".join(map(str, parts.fusion["sites"]))
+    layers = [f"{len(one.plan.rows)} of {one.checkpoint.num_hidden_layers} layers" for one in parts.blueprints]
+    lines = [
+        f"host    {parts.sources[0].name}: {layers[0]}",
+        *(
+            f"donor   {source.name}: {kept}, read after {', '.join(map(str, taps))}"
+            for source, kept, taps in zip(parts.sources[1:], layers[1:], parts.taps, strict=True)
+        ),
+        f"fusion  {parts.fusion['mode']}, rank {parts.fusion['rank']}, after host layers {sites}",
+        f"        {combination.parameters:,} parameters, {combination.fuser_parameters:,} of them trained; budget "
+        f"{combination.budget:,}",
+    ]
+    return "\n".join(lines)
+
+
+def draw(out: Path) -> None:
+    """The loss curve beside the result."""
+    from eval.plots import loss_curve
+    from merge.fusion.make import LOG_FILE
+
+    loss_curve(out / LOG_FILE, out / "training.png")
+
+
+if __name__ == "__main__":
+    run(main, options(), "stopped; the same command goes on from the last checkpoint")

@@ -1,0 +1,285 @@
+"""The fused model: its host before training, causal, in pieces as at once, and to transformers a model like any other."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from fused import FAMILIES, MODES, PAD, fused, random_map, some_ids
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from merge.fusion import FusionConfig
+from merge.fusion.budget import fuser_parameters
+from merge.fusion.errors import FusionError
+from merge.fusion.fusers import MODES as FUSERS
+from merge.fusion.fusers import NORMS, Features, TapMemory
+from merge.fusion.streams import FusionCache, expand
+
+GENERATION = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module", params=MODES)
+def model(request):
+    """A model with fusers that do something, of every mode."""
+    return fused(request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_untrained_it_is_its_host(mode, dtype):
+    for number, host in enumerate(FAMILIES):
+        others = [name for name in FAMILIES if name != host]
+        settings = {"norm": NORMS[number % 3], "dropout": 0.5 * (number % 2)}
+        model = fused(mode, host, others, trained=False, dtype=dtype, **settings)
+        model.train(bool(number % 2))
+        ids = some_ids()
+        with torch.no_grad():
+            assert torch.equal(model(ids, use_cache=False).logits, model.host(ids, use_cache=False).logits)
+
+
+def test_trained_fusers_do_something(model):
+    with torch.no_grad():
+        ids = some_ids()
+        assert (model(ids).logits - model.host(ids).logits).abs().max() > 0.01
+
+
+def test_nothing_of_the_future_is_seen(model):
+    ids, changed = some_ids(), some_ids()
+    changed[:, 9:] = some_ids(seed=2)[:, 9:]
+    with torch.no_grad():
+        one, two = (model(x, use_cache=False).logits for x in (ids, changed))
+    difference = (one[:, :9] - two[:, :9]).abs().max()
+    assert difference <= (2e-6 if model.config.fusion["mode"] == "cross" else 0.0)  # cross: other sizes, other order of sums
+    assert (one[:, 9:] - two[:, 9:]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("pieces", [[1] * 17, [5, 1, 7, 4], [16, 1]], ids=str)
+def test_pieces_with_a_cache_are_the_whole(model, pieces):
+    ids, cache, found = some_ids(), None, []
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        for piece in ids.split(pieces, 1):
+            output = model(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+    assert isinstance(cache, FusionCache)
+    torch.testing.assert_close(torch.cat(found, 1), whole, rtol=0, atol=1.5e-5)
+
+
+def test_a_row_does_not_depend_on_its_batch(model):
+    """Left padding, as generation has it; windows of attention are shorter than the texts here."""
+    ids = some_ids()
+    padded = torch.cat([torch.full((1, 5), PAD), ids[:1, :12]], 1)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    batch = torch.cat([padded, ids[1:]])
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        together = model(batch, attention_mask=mask, position_ids=positions, use_cache=False).logits[0, 5:]
+        alone = model(ids[:1, :12], use_cache=False).logits[0]
+        torch.testing.assert_close(together, alone, rtol=0, atol=1.5e-5)
+        for beams in (1, 3):
+            found = [
+                model.generate(batch, attention_mask=mask, num_beams=beams, use_cache=cached, **GENERATION)
+                for cached in (True, False)
+            ]
+            assert torch.equal(*found)
+            assert torch.equal(found[0][0, 17:], model.generate(ids[:1, :12], num_beams=beams, **GENERATION)[0, 12:])
+        # right padding without a mask, as lm-eval sends it
+        right = torch.cat([ids[:1, :12], torch.full((1, 5), PAD)], 1)
+        torch.testing.assert_close(model(torch.cat([right, ids[1:]])).logits[0, :12], alone, rtol=0, atol=1.5e-5)
+
+
+def test_several_samples_of_one_prompt_share_a_cache(model):
+    with torch.no_grad():
+        many = model.generate(some_ids(1), num_return_sequences=3, num_beams=3, **GENERATION)
+        cache = model(some_ids(2), use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor([1]))
+        after = model(some_ids(1, 1), past_key_values=cache).logits
+        alone = model(torch.cat([some_ids(2)[1:], some_ids(1, 1)], 1), use_cache=False).logits[:, -1:]
+    assert many.shape == (3, 23)
+    torch.testing.assert_close(after, alone, rtol=0, atol=1.5e-5)
+    cache.reset()
+    with torch.no_grad():
+        again = model(some_ids(2), past_key_values=cache).logits
+        torch.testing.assert_close(again, model(some_ids(2), use_cache=False).logits, rtol=0, atol=1.5e-5)
+
+
+def test_saved_and_loaded_it_is_the_same(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = some_ids()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.fusion == model.config.fusion
+    for one in (model, loaded):
+        assert {name.partition(".")[0] for name, value in one.named_parameters() if value.requires_grad} == {"fusers"}
+
+
+def test_only_fusers_get_gradients(model):
+    model(some_ids(), labels=some_ids(), use_cache=False).loss.backward()
+    for name, value in model.named_parameters():
+        assert (value.grad is not None) == name.startswith("fusers."), name
+    model.zero_grad()
+
+
+def test_all_four_families_are_hosts_and_donors():
+    for host in FAMILIES:
+        model = fused("cross", host, [name for name in FAMILIES if name != host])
+        ids = some_ids(2, 9)
+        with torch.no_grad():
+            whole = model(ids, use_cache=False).logits
+            first = model(ids[:, :4], use_cache=True)
+            rest = model(ids[:, 4:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(torch.cat([first.logits, rest], 1), whole, rtol=0, atol=1.5e-5)
+
+
+@given(seed=st.integers(0, 1000), rows=st.integers(1, 4), length=st.integers(1, 6))
+@settings(max_examples=50, deadline=None)
+def test_expansion_is_the_map_written_out(seed, rows, length):
+    offsets, tokens = random_map(seed, 12)
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 12, (rows, length), generator=generator)
+    mask = torch.rand(rows, length, generator=generator) < 0.8
+    found = expand(ids, mask.long(), offsets, tokens)
+    for row in range(rows):
+        expected, ends = [], []
+        for index, there in zip(ids[row].tolist(), mask[row].tolist(), strict=True):
+            expected += tokens[offsets[index] : offsets[index + 1]].tolist() if there else []
+            ends.append(len(expected))
+        assert found.ids[row][found.valid[row]].tolist() == expected
+        assert found.ends[row].tolist() == ends
+        assert found.valid[row].tolist() == sorted(found.valid[row].tolist(), reverse=True)
+
+
+def test_features_are_the_donors_states_at_the_last_token_that_ended():
+    model = fused()
+    ids = some_ids(2, 9)
+    aligned = model.features(ids).aligned
+    for row in range(2):
+        for number, donor in enumerate(model.donors):
+            offsets, tokens = getattr(model, f"offsets_{number}"), getattr(model, f"tokens_{number}")
+            read = []
+            for position, index in enumerate(ids[row].tolist()):
+                read += tokens[offsets[index] : offsets[index + 1]].tolist()
+                with torch.no_grad():  # every prefix from scratch
+                    states = donor(torch.tensor([read]), output_hidden_states=True).hidden_states if read else None
+                expected = states[1][0, -1] if read else torch.zeros(donor.config.hidden_size)
+                torch.testing.assert_close(aligned[2 * number][row, position], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("mode", MODES)
+def test_fusers_have_the_parameters_that_the_budget_counts(mode, norm):
+    fuser = FUSERS[mode](1, 24, [8, 12, 20], 16, 4, norm, 0.0)
+    assert sum(value.numel() for value in fuser.parameters()) == fuser_parameters(mode, 24, [8, 12, 20], 16, 4, norm)
+
+
+def test_attention_over_taps_and_tokens_is_the_formula():
+    """Both attentions against sums written out, for one query."""
+    torch.manual_seed(0)
+    widths, h = [6, 10], torch.randn(1, 1, 8)
+    states = [torch.randn(1, 3, width) for width in widths]
+    for mode, seen in (("attention", 1), ("cross", 3)):
+        fuser = FUSERS[mode](0, 8, widths, 4, 2, "rms", 0.0)
+        with torch.no_grad():
+            for value in fuser.parameters():
+                value.add_(torch.randn_like(value))
+            tokens = torch.arange(3)[None]
+            memories = [TapMemory(x, tokens, tokens >= 0, torch.tensor([[2]])) for x in states]
+            features = Features([x[:, 2:] for x in states], memories)
+            q = fuser.query(fuser.host_norm(h))[0, 0]
+            mixed = torch.zeros(4)
+            for head in range(2):
+                part = slice(2 * head, 2 * head + 2)
+                scores = [q[part] @ fuser.none[part] / 2**0.5 if mode == "attention" else torch.zeros(())]
+                values = [torch.zeros(2)]
+                for norm, to_key, to_value, x in zip(fuser.norms, fuser.keys, fuser.values, states, strict=True):
+                    for slot in range(3 - seen, 3):
+                        token = norm(x[0, slot])
+                        near = fuser.slopes[head] * (2 - slot) if mode == "cross" else 0.0
+                        scores.append(q[part] @ to_key(token)[part] / 2**0.5 - near)
+                        values.append(to_value(token)[part])
+                mixed[part] = torch.stack(scores).softmax(0) @ torch.stack(values)
+            torch.testing.assert_close(fuser(h, features)[0, 0], fuser.out(mixed), rtol=1e-5, atol=1e-5)
+
+
+def test_controls_take_the_donors_words_away():
+    model, ids = fused("cross"), some_ids()
+    with torch.no_grad():
+        plain, aligned = model(ids).logits, model.features(ids).aligned
+        model.control = "shuffle"
+        for own, found in zip(aligned, model.features(ids).aligned, strict=True):
+            assert torch.equal(found, own[[2, 0, 1]])  # another row's
+        shuffled = model(ids).logits
+        model.control = "zero"
+        assert all(not x.any() for x in model.features(ids).aligned)
+        zeroed = model(ids).logits
+        model.control = "nothing"
+        with pytest.raises(FusionError, match="no control 'nothing'; there are zero, shuffle"):
+            model(ids)
+    assert (plain - shuffled).abs().max() > 0.01
+    assert (plain - zeroed).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fusion": {"mode": "concatenate"}}, "no mode 'concatenate'; there are concat, weighted"),
+        ({"fusion": {"norm": "batch"}}, "no norm 'batch'; there are rms"),
+        ({"fusion": {"sites": [5]}}, "site 5 is outside the model; expected 1 to 4"),
+        ({"fusion": {"sites": [2, 2]}}, "expected different numbers in rising order"),
+        ({"fusion": {"rank": 6, "heads": 4}}, "4 heads do not divide a rank of 6"),
+        ({"fusion": {"dropout": 1.0}}, "dropout is 1.0; expected"),
+        ({"fusion": {"ranks": 4}}, "fusion has no 'ranks'"),
+        ({"taps": [4]}, "donor 0: tap 4 is outside the model; expected 1 to 3"),
+        ({"taps": [2]}, "donor 0 has 3 layers, but none above its last tap 2 is of use"),
+    ],
+)
+def test_what_cannot_be_is_refused(change, said):
+    config = fused().config
+    donor = config.donors[0] | ({"taps": change["taps"]} if "taps" in change else {})
+    with pytest.raises(FusionError, match=said):
+        FusionConfig(text_config=config.text_config, donors=[donor], fusion=change.get("fusion", {}))
+
+
+def test_what_cannot_be_run_is_refused():
+    model, ids = fused(), some_ids()
+    with pytest.raises(FusionError, match="reads input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 8))
+    with pytest.raises(FusionError, match="expected a FusionCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(FusionError, match=r"attention_mask has shape \(3, 1, 17, 17\)"):
+        model(ids, attention_mask=torch.ones(3, 1, 17, 17))
+    with pytest.raises(FusionError, match="cannot be cropped"):
+        model(ids).past_key_values.crop(-1)
+    with pytest.raises(FusionError, match="cache_implementation is 'static'"):
+        model.generate(ids, cache_implementation="static", **GENERATION)
+
+
+def test_a_saved_folder_loads_without_this_package(tmp_path):
+    model, ids = fused(), some_ids(1, 5)
+    model.save_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        expected = model(ids).logits[0, -1, :3].tolist()
+    program = f"""
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "saved")!r}, trust_remote_code=True).eval()
+with torch.no_grad():
+    logits = model(torch.tensor({ids.tolist()})).logits
+print(json.dumps([logits[0, -1, :3].tolist(), model.generate(torch.tensor({ids.tolist()}), max_new_tokens=2).shape[1],
+                  [name for name in sys.modules if name.split(".")[0] == "merge"]]))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    logits, length, ours = json.loads(done.stdout.splitlines()[-1])
+    assert logits == pytest.approx(expected, abs=1e-6)
+    assert length == 7
+    assert ours == []
