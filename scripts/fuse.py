@@ -108,7 +108,6 @@ def runtime(device: str) -> tuple[Any, str]:
 def described(parts: Any) -> str:
     """What a recipe comes to, for a person."""
     combination = parts.combination
-    sites = ", ".join(map(str, parts.fusion["sites"]))
     layers = [f"{len(one.plan.rows)} of {one.checkpoint.num_hidden_layers} layers" for one in parts.blueprints]
     lines = [
         f"host    {parts.sources[0].name}: {layers[0]}",
@@ -116,7 +115,7 @@ def described(parts: Any) -> str:
             f"donor   {source.name}: {kept}, read after {', '.join(map(str, taps))}"
             for source, kept, taps in zip(parts.sources[1:], layers[1:], parts.taps, strict=True)
         ),
-        f"fusion  {parts.fusion['mode']}, rank {parts.fusion['rank']}, after host layers {sites}",
+        f"fusion  {parts}",
         f"        {combination.parameters:,} parameters, {combination.fuser_parameters:,} of them trained; budget "
         f"{combination.budget:,}",
     ]

@@ -17,6 +17,7 @@ from merge.fusion.budget import (
     BUDGET,
     FUSER_MODES,
     MAX_FUSED,
+    MIXER_MODES,
     NORMS,
     TAPS,
     Backbone,
@@ -64,7 +65,12 @@ def options() -> argparse.ArgumentParser:
         metavar="DEPTHS",
         help=f"relative depths in a donor (default: {_commas(TAPS)}); where a donor is cut, they all move down with the cut",
     )
-    fusers.add_argument("--mode", choices=FUSER_MODES, default=default.mode, help="(default: %(default)s)")
+    fusers.add_argument(
+        "--mode",
+        choices=(*FUSER_MODES, *MIXER_MODES),
+        default=default.mode,
+        help="(default: %(default)s); the last three mix outputs: donors stay whole, and what is said of fusers does not apply",
+    )
     fusers.add_argument("--rank", type=int, default=default.rank, help="width in which a fuser works (default: %(default)s)")
     fusers.add_argument(
         "--sites", type=int, default=default.sites, help="layers of the host with a fuser (default: %(default)s)"
@@ -187,10 +193,13 @@ def _names(text: str) -> list[str]:
 
 def _print(arguments: argparse.Namespace, fusers: Fusers, rows: list[Combination], too_large: list[str]) -> None:
     print(f"fewer than {arguments.budget:,} parameters, at most {arguments.max_fused:.0%} of a host's layers fused away")
-    print(
-        f"fusers: {fusers.mode}, rank {fusers.rank}, at {_many(fusers.sites, 'site')} of the host, "
-        f"each reads taps at {_commas(arguments.taps)} of every donor"
-    )
+    if fusers.fuses_outputs:
+        print(f"fusers: {fusers.mode} of the outputs of host and donors, which are whole and have their heads")
+    else:
+        print(
+            f"fusers: {fusers.mode}, rank {fusers.rank}, at {_many(fusers.sites, 'site')} of the host, "
+            f"each reads taps at {_commas(arguments.taps)} of every donor"
+        )
     lines, before = [COLUMNS], None
     for row in rows:
         group = (len(row.donors), row.host.backbone.name if row.donors else "")
@@ -227,6 +236,8 @@ def _donor(donor: Part | None) -> tuple[str, str, str]:
 
 
 def _rank(row: Combination) -> str:
+    if row.fusers.fuses_outputs:
+        return "-"
     rank = largest_rank(row)
     return f"{rank:,}" if rank < row.host.backbone.hidden_size else "any"  # a wider fuser would add nothing
 

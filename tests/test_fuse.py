@@ -14,6 +14,7 @@ from tiny import CONFIGS, ROOT, load, tiny_source
 from transformers import AutoModelForCausalLM
 
 import merge.fusion.train as training
+from eval.fusion_bench import read_bench
 from merge.alphas import plan_from_alphas, read_alphas
 from merge.api import Options, merge_checkpoint
 from merge.errors import MergeError
@@ -21,7 +22,7 @@ from merge.fusion import register
 from merge.fusion.assemble import FUSERS_FILE, RECORD_FILE, fused_config, make_parts, write_assembled
 from merge.fusion.errors import FusionError
 from merge.fusion.make import fuse, load_fused
-from merge.fusion.recipe import Backbone, Recipe, Training, layer_numbers, read_recipe
+from merge.fusion.recipe import Backbone, Recipe, Training, layer_numbers, read_recipe, recipe_from
 from merge.fusion.text import read_documents, split_blocks, token_blocks
 from merge.fusion.train import held_out_loss, learning_rate
 from merge.source import resolve
@@ -106,6 +107,27 @@ def test_donors_read_the_hosts_bytes(tmp_path, tiny_cache):
     aligned = model.features(ids).aligned
     for tap, found in zip((3, 5), aligned, strict=False):
         torch.testing.assert_close(found, expected[tap], rtol=0, atol=1e-4)
+
+
+def test_donors_with_another_tokenizer_read_the_same_bytes(tmp_path, tiny_cache):
+    import shutil
+
+    folder = tmp_path / "donor"
+    shutil.copytree(tiny_source("phi3-mini", tiny_cache).folder, folder)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = definition["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    recipe = recipe_of(donors=(Backbone(str(folder), taps=(3,)),))
+    parts = make_parts(recipe, [tiny_source(HOST, tiny_cache), resolve(str(folder))])
+    fuse(parts, tmp_path / "out")
+    model, same = load(tmp_path / "out"), tokenizer(tiny_cache)
+    a, b = same.convert_tokens_to_ids(["a", "b"])
+    ids = torch.tensor([same("abba cab")["input_ids"]])
+    swapped = ids.where(ids != a, b).where(ids != b, a)
+    with torch.no_grad():
+        expected = load(folder)(swapped, output_hidden_states=True).hidden_states[3]
+    torch.testing.assert_close(model.features(ids).aligned[0], expected, rtol=0, atol=1e-5)
 
 
 def test_training_lowers_the_loss_and_changes_fusers_only(tmp_path, tiny_cache, text):
@@ -314,7 +336,7 @@ def test_the_script(run, tmp_path):
 
 def test_two_processes_train_what_one_does(run, tmp_path):
     one = json.loads(run("fuse", "--config", "fuse.yaml", "--out", "one", "--device", "cpu").stdout.splitlines()[-1])
-    launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29577")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = run("fuse", "--config", "fuse.yaml", "--out", "two", "--device", "cpu", launcher=launcher, OMP_NUM_THREADS="1")
     two = json.loads(done.stdout.splitlines()[-1])
     assert two["held_out"] == pytest.approx(one["held_out"], abs=1e-3)
@@ -342,9 +364,8 @@ def test_text_comes_from_files_of_every_kind(tmp_path):
 
 def test_examples_can_be_read():
     for path in sorted((CONFIGS / "fusion").iterdir()):
-        recipe = read_recipe(path)
+        recipe = recipe_from(read_bench(path)[1], str(path)) if "bench" in path.name else read_recipe(path)
         assert recipe.donors
-    assert recipe.training is not None
 
 
 def test_the_config_says_where_its_code_is(tmp_path, tiny_cache):

@@ -12,7 +12,7 @@ from tokenizers_for_tests import SMALL, STRESS, byte_level
 
 from merge.fusion.byte_tables import ByteTable, text_encoder
 from merge.fusion.errors import FusionError
-from merge.fusion.vocabulary import VocabularyMap, aligned, bridge, clock, vocabulary_map
+from merge.fusion.vocabulary import VocabularyMap, aligned, bridge, clock, same_vocabulary, vocabulary_map
 
 PAIRS = [*itertools.permutations(SMALL, 2), ("llama2", "llama2"), ("Llama-3", "Mistral"), ("Mistral", "Llama-3")]
 ANY_PAIR = pytest.mark.parametrize(("host", "donor"), PAIRS)
@@ -273,3 +273,11 @@ def test_a_map_is_read_by_rows():
     found = VocabularyMap(torch.tensor([0, 2, 2, 3]), torch.tensor([7, 8, 9]))
     assert rows(found) == [[7, 8], [], [9]]
     assert found.expand([2, 0, 1, 0]) == [9, 7, 8, 7, 8]
+
+
+@pytest.mark.parametrize(("host", "donor"), [(5, 5), (5, 3), (3, 5)])
+def test_with_one_tokenizer_every_id_stands_for_itself(host, donor):
+    table, back = same_vocabulary(host, donor)
+    assert [table.row(index) for index in range(host)] == [[index] if index < donor else [] for index in range(host)]
+    assert back.begins.tolist() == [index if index < donor else -1 for index in range(host)]
+    assert back.lands.tolist() == [-1] * donor

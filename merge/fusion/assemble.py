@@ -1,14 +1,15 @@
 """A folder that holds a fused model, put together from its sources' files; nothing is loaded but small tables.
 
-The host's layers may be fused on the way (a plan); donors lose their head and the layers above their last tap. Every tensor is
-copied, or mixed, from the sources' shards straight into the result's. What is new is one small file: the fusers, with W_out
-zero so that the model equals its host, and the maps between vocabularies. The code that loads it is copied beside it.
+The host's layers may be fused on the way (a plan); donors lose their head and the layers above their last tap, unless it is
+their output that is read. Every tensor is copied, or mixed, from the sources' shards straight into the result's. What is new is
+one small file: the fusers or the mixer, without effect before training so that the model equals its host, and the tables
+between vocabularies. The code that loads it is copied beside it.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import AutoTokenizer
 
 from ..alphas import plan_from_alphas, read_alphas
 from ..blueprint import Blueprint, Output, make_blueprint
-from ..checkpoint import INDEX_FILE, Checkpoint
+from ..checkpoint import INDEX_FILE, Checkpoint, is_tied
 from ..errors import CheckpointError, PlanError
 from ..execute import Progress, execute
 from ..plan import Plan, unit_row
@@ -29,18 +30,19 @@ from ..runtime import decide, torch_dtype
 from ..source import Source, side_files
 from . import budget, configuration_fusion, modeling_fusion
 from .byte_tables import ByteTable, text_encoder
-from .configuration_fusion import DEFAULTS, FusionConfig
+from .configuration_fusion import MODES, FusionConfig, with_defaults
 from .errors import FusionError
-from .fusers import MODES, Fuser
-from .modeling_fusion import FusionForCausalLM
-from .recipe import Recipe, layer_numbers, recipe_dict
-from .vocabulary import VocabularyMap, vocabulary_map
+from .fusers import Fuser
+from .mixers import Mixer
+from .modeling_fusion import FusionForCausalLM, make_fusers
+from .recipe import TAPS, Recipe, layer_numbers, recipe_dict
+from .vocabulary import Bridge, bridge, same_vocabulary, vocabulary_map
 
 log = logging.getLogger(__name__)
 
 RECORD_FILE = "fusion.json"
 FUSERS_FILE = "model-fusers.safetensors"
-CODE = ("configuration_fusion.py", "modeling_fusion.py", "fusers.py", "streams.py", "errors.py")
+CODE = ("configuration_fusion.py", "modeling_fusion.py", "fusers.py", "mixers.py", "streams.py", "errors.py")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Parts:
     """What a recipe comes to, from configs and headers alone.
 
     blueprints    of the host, then of the donors
-    taps, sites   layer numbers; `taps` of every donor
+    taps          layer numbers of every donor
+    fusion        all settings of the mode, sites as layer numbers
     """
 
     recipe: Recipe
@@ -74,16 +77,26 @@ class Parts:
         for number, (source, blueprint) in enumerate(zip(self.sources, self.blueprints, strict=True)):
             backbone = budget.read_backbone(blueprint.checkpoint.config, source.name)
             parts.append(budget.Part(backbone, len(blueprint.plan.rows), () if number == 0 else self.taps[number - 1]))
-        fusers = budget.Fusers(
-            mode=self.fusion["mode"], rank=self.fusion["rank"], heads=self.fusion["heads"], norm=self.fusion["norm"],
-            sites=len(self.fusion["sites"]),
-        )  # fmt: skip
+        settings = {name: self.fusion[name] for name in ("rank", "heads", "norm") if name in self.fusion}
+        fusers = budget.Fusers(self.fusion["mode"], sites=len(self.fusion.get("sites", [0])), **settings)
         return budget.Combination(parts[0], tuple(parts[1:]), fusers, self.recipe.budget)
+
+    @property
+    def fuses_outputs(self) -> bool:
+        """Whether the donors' outputs are read, for which they keep their heads."""
+        return issubclass(MODES[self.fusion["mode"]], Mixer)
 
     @property
     def bytes_to_write(self) -> int:
         """Size of the backbones in the result."""
-        return sum(out.nbytes for number, one in enumerate(self.blueprints) for _, out in _placed(one, number))
+        return sum(out.nbytes for number in range(len(self.blueprints)) for _, out in _placed(self, number))
+
+    def __str__(self) -> str:
+        """How things are fused, for a person."""
+        fusion = self.fusion
+        if "sites" in fusion:
+            return f"{fusion['mode']}, rank {fusion['rank']}, after host layers {', '.join(map(str, fusion['sites']))}"
+        return f"{fusion['mode']} of outputs" + (f", weight {fusion['weight']:g}" if "weight" in fusion else "")
 
 
 def make_parts(recipe: Recipe, sources: Sequence[Source], *, dtype: str = "auto") -> Parts:
@@ -96,19 +109,28 @@ def make_parts(recipe: Recipe, sources: Sequence[Source], *, dtype: str = "auto"
     Raises:
         FusionError: taps, sites, modes or the budget; PlanError, RecordError, CheckpointError: a source, or its alphas.
     """
+    fusion = with_defaults(recipe.fusion)
+    outputs = issubclass(MODES[fusion["mode"]], Mixer)
     checkpoints = [source.checkpoint() for source in sources]
     plans = [_host_plan(recipe, checkpoints[0])]
     taps = []
     for checkpoint, donor in zip(checkpoints[1:], recipe.donors, strict=True):
         layers = checkpoint.num_hidden_layers
-        taps.append(tuple(layer_numbers(f"{donor.model}: tap", donor.taps, layers)))
+        if outputs and donor.taps:
+            raise FusionError(
+                f"{donor.model}: 'taps' do not apply to mode {fusion['mode']!r}, which reads its output; leave them out"
+            )
+        given = (layers,) if outputs else donor.taps or TAPS
+        taps.append(tuple(layer_numbers(f"{donor.model}: tap", given, layers)))
         plans.append(Plan(tuple(unit_row(layer) for layer in range(taps[-1][-1])), layers, name="donor", method="drop"))
     blueprints = tuple(make_blueprint(plan, c, dtype=dtype) for plan, c in zip(plans, checkpoints, strict=True))
-    fusion = DEFAULTS | recipe.fusion
-    fusion["sites"] = layer_numbers("site", fusion["sites"] or [0.5, 0.75, 1.0], len(plans[0].rows))
+    if "sites" in fusion:
+        fusion["sites"] = layer_numbers("site", fusion["sites"] or [0.5, 0.75, 1.0], len(plans[0].rows))
     parts = Parts(recipe, tuple(sources), blueprints, tuple(taps), fusion)
     fused_config(parts, [0] * len(taps))  # refuses what cannot be
     budget.check_budget(parts.combination)
+    if recipe.training is not None and not parts.combination.fuser_parameters:
+        raise FusionError(f"mode {fusion['mode']!r} has nothing to train; leave 'training' out, or use --no-training")
     return parts
 
 
@@ -139,18 +161,38 @@ def fused_config(parts: Parts, map_sizes: Sequence[int]) -> FusionConfig:
     return config
 
 
-def vocabulary_maps(parts: Parts) -> list[VocabularyMap]:
-    """The maps from the host's vocabulary to every donor's.
+def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
+    """The maps from the host's vocabulary to every donor's, and the bridges back that outputs need, by names in the model.
 
     Raises:
-        FusionError: a tokenizer is missing or has no byte semantics.
+        FusionError: a tokenizer is missing, or differs from the host's and has no byte semantics.
     """
-    tables, encoders = [], []
-    for source, blueprint in zip(parts.sources, parts.blueprints, strict=True):
-        tokenizer = read_tokenizer(source)
-        tables.append(ByteTable.from_tokenizer(tokenizer, blueprint.checkpoint.config["vocab_size"]))
-        encoders.append(text_encoder(tokenizer, tables[-1]))
-    return [vocabulary_map(tables[0], table, encode) for table, encode in zip(tables[1:], encoders[1:], strict=True)]
+    tokenizers = [read_tokenizer(source) for source in parts.sources]
+    sizes = [blueprint.checkpoint.config["vocab_size"] for blueprint in parts.blueprints]
+    found: dict[str, torch.Tensor] = {}
+    back: Bridge | None
+    for number, (tokenizer, size) in enumerate(zip(tokenizers[1:], sizes[1:], strict=True)):
+        if _same(tokenizers[0], tokenizer):
+            one, back = same_vocabulary(sizes[0], size)
+        else:
+            host, own = ByteTable.from_tokenizer(tokenizers[0], sizes[0]), ByteTable.from_tokenizer(tokenizer, size)
+            encode = text_encoder(tokenizer, own)
+            one, back = vocabulary_map(host, own, encode), None
+            if parts.fuses_outputs:
+                back = bridge(host, own, host_encode=text_encoder(tokenizers[0], host), donor_encode=encode)
+        if one.inexact:
+            donor = parts.sources[1 + number].name
+            log.warning("%s has no token for some bytes of %d host tokens and does not see them", donor, len(one.inexact))
+        found |= {f"offsets_{number}": one.offsets, f"tokens_{number}": one.tokens}
+        if back is not None and parts.fuses_outputs:
+            found |= {f"begins_{number}": back.begins, f"lands_{number}": back.lands}
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give every text the same ids."""
+    mine, theirs = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other))
+    return mine is not None and theirs is not None and mine.to_str() == theirs.to_str()
 
 
 def read_tokenizer(source: Source) -> Any:
@@ -168,13 +210,11 @@ def read_tokenizer(source: Source) -> Any:
         ) from error
 
 
-def new_fusers(config: FusionConfig, seed: int) -> list[Fuser]:
-    """The fusers of a config as they are before training, in float32."""
-    fusion = config.fusion
-    rest = (config.widths(), fusion["rank"], fusion["heads"], fusion["norm"], fusion["dropout"])
+def new_fusers(config: FusionConfig, seed: int) -> list[Fuser | Mixer]:
+    """The fusers of a config, or its mixer, as they are before training, in float32."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return [MODES[fusion["mode"]](site, config.text_config.hidden_size, *rest) for site in fusion["sites"]]
+        return make_fusers(config)
 
 
 def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: Callable[[int], Progress]) -> None:
@@ -183,22 +223,18 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
     Raises:
         FusionError, CheckpointError, OSError: a tokenizer, a source that changed, a failing write.
     """
-    maps = vocabulary_maps(parts)
-    for donor, one in zip(parts.sources[1:], maps, strict=True):
-        if one.inexact:
-            log.warning("%s has no token for some bytes of %d host tokens and does not see them", donor.name, len(one.inexact))
-    config = fused_config(parts, [len(one.tokens) for one in maps])
+    tables = vocabulary_tables(parts)
+    config = fused_config(parts, [len(tables[f"tokens_{number}"]) for number in range(len(parts.taps))])
     advance = progress(parts.bytes_to_write)
     weight_map: dict[str, str] = {}
     for number, blueprint in enumerate(parts.blueprints):
-        renamed = _renamed(blueprint, number)
+        renamed = _renamed(parts, number)
         execute(renamed, folder, decide("cpu"), advance)
         weight_map |= {out.name: shard.file for shard in renamed.shards for out in shard.outputs}
         if header_hashes(parts.sources[number].checkpoint()) != header_hashes(blueprint.checkpoint):
             raise CheckpointError(f"{blueprint.checkpoint.folder} was changed while it was read; run again")
     new = fuser_tensors(dict(enumerate(new_fusers(config, parts.recipe.training.seed if parts.recipe.training else 0))))
-    for number, one in enumerate(maps):
-        new |= {f"offsets_{number}": one.offsets, f"tokens_{number}": one.tokens}
+    new |= tables
     save_file(new, folder / FUSERS_FILE, {"format": "pt"})
     weight_map |= dict.fromkeys(new, FUSERS_FILE)
     _check_complete(config, weight_map)
@@ -215,7 +251,7 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
     (folder / "README.md").write_text(card(parts, command), encoding="utf-8")
 
 
-def fuser_tensors(fusers: dict[int, Fuser]) -> dict[str, torch.Tensor]:
+def fuser_tensors(fusers: Mapping[int, Fuser | Mixer]) -> dict[str, torch.Tensor]:
     """The tensors of fusers by their names in the model."""
     return {
         f"fusers.{number}.{name}": value.detach().contiguous()
@@ -224,26 +260,31 @@ def fuser_tensors(fusers: dict[int, Fuser]) -> dict[str, torch.Tensor]:
     }
 
 
-def _placed(blueprint: Blueprint, number: int) -> list[tuple[str, Output]]:
+def _placed(parts: Parts, number: int) -> list[tuple[str, Output]]:
     """(file, output) of a source's tensors that the fused model has, under their names in it."""
+    blueprint = parts.blueprints[number]
+    has_head = parts.fuses_outputs and not is_tied(blueprint.checkpoint.config, True)
     who = "host" if number == 0 else f"donor-{number - 1}"
     total = len(blueprint.shards)
     found = []
     for count, shard in enumerate(blueprint.shards, start=1):
         for out in shard.outputs:
             name = f"host.{out.name}"
-            if number:
-                if not out.name.startswith("model."):  # its head
-                    continue
+            if number and out.name.startswith("model."):
                 name = f"donors.{number - 1}.{out.name.removeprefix('model.')}"
+            elif number:
+                if not has_head:
+                    continue
+                name = f"donor_heads.{number - 1}.{out.name.removeprefix('lm_head.')}"
             found.append((f"model-{who}-{count:05d}-of-{total:05d}.safetensors", replace(out, name=name)))
     return found
 
 
-def _renamed(blueprint: Blueprint, number: int) -> Blueprint:
+def _renamed(parts: Parts, number: int) -> Blueprint:
     files: dict[str, list[Output]] = {}
-    for file, out in _placed(blueprint, number):
+    for file, out in _placed(parts, number):
         files.setdefault(file, []).append(out)
+    blueprint = parts.blueprints[number]
     shard = blueprint.shards[0]
     return replace(blueprint, shards=tuple(replace(shard, file=file, outputs=tuple(outs)) for file, outs in files.items()))
 
@@ -270,8 +311,7 @@ def card(parts: Parts, command: str) -> str:
             f"- donor: {donor.name}, {len(one.plan.rows)} layers, read after layers {', '.join(map(str, taps))}"
             for donor, one, taps in zip(donors, parts.blueprints[1:], parts.taps, strict=True)
         ),
-        f"- fusion: {parts.fusion['mode']}, rank {parts.fusion['rank']}, after host layers "
-        + ", ".join(map(str, parts.fusion["sites"])),
+        f"- fusion: {parts}",
     ]
     ids = [source.model for source in parts.sources if source.model]
     base = "base_model:\n" + "".join(f"- {name}\n" for name in ids) if ids else ""

@@ -1,8 +1,9 @@
 """Which models fit together below a parameter budget, worked out from their configs alone.
 
 A fused model is a host (with its head, perhaps with layers fused away), donors (no head, no layer above the last tap) and
-fusers: adapters at some of the host's layers, the sites, which read the hidden states that the donors' taps give. What
-counts is every unique parameter of the saved model, strictly below the budget; buffers such as vocabulary maps do not count.
+fusers: adapters at some of the host's layers, the sites, which read the hidden states that the donors' taps give. Where outputs
+are mixed, donors keep all layers and their heads, and there is one mixer in place of the fusers. What counts is every unique
+parameter of the saved model, strictly below the budget; buffers such as vocabulary maps do not count.
 
 d   hidden size of the host
 D   sum of the hidden sizes of all K taps; every site reads every tap
@@ -12,7 +13,7 @@ A tap is named by the layers that it follows: a donor tapped at 26 runs its firs
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..families import FAMILIES, Config
@@ -26,6 +27,7 @@ DEPTHS = (1.0, 0.8, 0.6, 0.4, 0.2)  # at which a short list cuts donors
 HALF = 0.5  # a donor cut below this depth is in a short list only where nothing deeper fits
 
 FUSER_MODES = ("concat", "weighted", "gate", "attention", "cross")
+MIXER_MODES = ("mixture", "linear", "geometric")  # these read outputs
 ATTENDING = ("attention", "cross")  # these norm the host's hidden state too, with a gain
 NORMS = {"none": 0, "rms": 1, "layer": 2}  # parameters per channel
 
@@ -124,13 +126,26 @@ def fuser_parameters(mode: str, hidden: int, widths: Sequence[int], rank: int, h
     return matrices[mode] + NORMS[norm] * (D + (d if mode in ATTENDING else 0))
 
 
+def mixer_parameters(mode: str, hidden: int, widths: Sequence[int]) -> int:
+    """Parameters of a mixer: those of the mixture's gate over host and donors, and the scalar that it grows by; else none.
+
+    Args:
+        hidden: hidden size of the host.
+        widths: hidden size of every donor.
+    """
+    return (len(widths) + 1) * (hidden + sum(widths) + 1) + 1 if mode == "mixture" else 0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A fused model as numbers
 
 
 @dataclass(frozen=True)
 class Fusers:
-    """The setting of all fusers of a fused model: one fuser at each of `sites` layers of the host, each reads all taps."""
+    """The setting of all fusers of a fused model: one fuser at each of `sites` layers of the host, each reads all taps.
+
+    Of a mode that mixes outputs, the mode is all there is.
+    """
 
     mode: str = "attention"
     rank: int = 256
@@ -138,8 +153,15 @@ class Fusers:
     heads: int = 4
     norm: str = "rms"
 
+    @property
+    def fuses_outputs(self) -> bool:
+        """Whether donors keep all layers and their heads."""
+        return self.mode in MIXER_MODES
+
     def parameters(self, hidden: int, widths: Sequence[int]) -> int:
-        """Parameters of the fusers at all sites."""
+        """Parameters of the fusers at all sites, or of the mixer."""
+        if self.fuses_outputs:
+            return mixer_parameters(self.mode, hidden, widths)
         if self.sites < 1:
             raise FusionError(f"the number of sites is {self.sites}, expected at least 1")
         return self.sites * fuser_parameters(self.mode, hidden, widths, self.rank, self.heads, self.norm)
@@ -181,8 +203,8 @@ class Combination:
 
     @property
     def backbone_parameters(self) -> int:
-        """Parameters of the host with its head and of the donors without."""
-        donors = sum(donor.backbone.parameters(donor.layers, head=False) for donor in self.donors)
+        """Parameters of the host with its head and of the donors, with theirs only where outputs are mixed."""
+        donors = sum(donor.backbone.parameters(donor.layers, head=self.fusers.fuses_outputs) for donor in self.donors)
         return self.host.backbone.parameters(self.host.layers) + donors
 
     @property
@@ -221,16 +243,23 @@ def largest_host(combination: Combination) -> int:
 
 
 def largest_donor(combination: Combination, index: int) -> int:
-    """The most layers of donor `index` with which the combination fits, with as many taps as it has; 0 where none do."""
+    """The most layers of donor `index` with which the combination fits, with as many taps as it has; 0 where none do.
+
+    All or none where outputs are mixed: a donor without its last layers says nothing of use.
+    """
     donor = combination.donors[index]
+    if combination.fusers.fuses_outputs:
+        return donor.layers if combination.fits else 0
     others = combination.parameters - donor.layers * donor.backbone.layer
     most = _most(combination.budget, others, donor.backbone.layer, donor.backbone.num_hidden_layers)
     return most if most >= len(donor.taps) else 0
 
 
 def largest_rank(combination: Combination) -> int:
-    """The largest rank with which the combination fits; 0 where none does."""
+    """The largest rank with which the combination fits; 0 where none does, or where outputs are mixed."""
     fusers = combination.fusers
+    if fusers.fuses_outputs:
+        return 0
     step = fusers.heads
     hidden = combination.host.backbone.hidden_size
     one, two = (replace(fusers, rank=n * step).parameters(hidden, combination.widths) for n in (1, 2))
@@ -301,7 +330,7 @@ def fitting(
     """Combinations of a host and donors that fit, each with the largest host; every one fits with fewer host layers too.
 
     Donors are cut at the DEPTHS, all at the same. Cutting further down is listed only where it leaves room for a larger host,
-    and below HALF only where nothing above fits.
+    and below HALF only where nothing above fits. Donors whose output is read are not cut.
 
     Args:
         taps: relative depths in each donor; where it is cut below the last one, all move down with it.
@@ -313,7 +342,11 @@ def fitting(
         raise FusionError(f"{host.name} has {host.num_hidden_layers} layers, too few for {fusers.sites} sites")
     fewest = max(fusers.sites, _fewest(host, max_fused))
     found: list[Combination] = []
-    for parts in _every_cut(donors, taps) if every_cut else _few_cuts(donors, taps):
+    if fusers.fuses_outputs:
+        cuts: Iterable[tuple[Part, ...]] = [tuple(Part(one, one.num_hidden_layers, (one.num_hidden_layers,)) for one in donors)]
+    else:
+        cuts = _every_cut(donors, taps) if every_cut else _few_cuts(donors, taps)
+    for parts in cuts:
         whole = Combination(Part(host, host.num_hidden_layers), parts, fusers, budget)
         layers = largest_host(whole)
         if layers < fewest:

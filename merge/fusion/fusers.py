@@ -15,6 +15,7 @@ W_out is zero at first, so that Delta is 0 exactly in any dtype. Fusers may be i
 """
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -82,6 +83,7 @@ class Norm(nn.Module):
 class Fuser(nn.Module):
     """Base of all modes: norms of the taps, the output matrix, dropout."""
 
+    settings: ClassVar[tuple[str, ...]] = ("sites", "rank", "heads", "norm", "dropout")
     reads_tokens = False  # needs `Features.memories`
 
     def __init__(self, site: int, hidden: int, widths: list[int], rank: int, heads: int, norm: str, dropout: float) -> None:

@@ -73,7 +73,7 @@ def fuse(
     assembled, writes = work / "assembled", accelerator is None or accelerator.is_main_process
     data = _data(parts)  # what is wrong with the text is found before anything is written
     if writes:
-        _assemble(parts, assembled, command, copying)
+        assemble(parts, assembled, command=command, copying=copying)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     trained, before = None, None
@@ -94,7 +94,18 @@ def fuse(
     )  # fmt: skip
 
 
-def _assemble(parts: Parts, assembled: Path, command: str, copying: Callable[[int], Progress]) -> None:
+def assemble(
+    parts: Parts,
+    assembled: Path,
+    *,
+    command: str = "",
+    copying: Callable[[int], Progress] = lambda total: lambda done: None,
+) -> None:
+    """Writes the untrained model, or finds that it is there.
+
+    Raises:
+        FusionError: what is there was made of something else.
+    """
     if assembled.exists():
         found = {key: value for key, value in read_record(assembled).items() if key in ("recipe", "sources")}
         if found != parts.identity:

@@ -4,10 +4,12 @@
     at every site      h <- h + Delta(h, f_1..f_K)   (`fusers`), by a forward hook, so that the host's code and names stay
     then               the host's own norm, head and loss
 
+or, in the modes of `mixers`, the donors run to their ends and their distributions are mixed into the host's.
+
     >>> from merge.fusion import FusionForCausalLM                      # registers with AutoModelForCausalLM
     >>> model = AutoModelForCausalLM.from_pretrained("runs/fused")      # doctest: +SKIP
 
-generate() with caches, beams and left padding, and lm-eval work as for the host alone. Only the fusers are trainable.
+generate() with caches, beams and left padding, and lm-eval work as for the host alone. Only fusers and mixers are trainable.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,10 @@ from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTr
 
 from .configuration_fusion import FusionConfig
 from .errors import FusionError
-from .fusers import MODES, Features, Fuser
+from .fusers import MODES as FUSERS
+from .fusers import Features, Fuser
+from .mixers import MODES as MIXERS
+from .mixers import Mixer, log_ratio
 from .streams import FusionCache, Stream, check_cache, expand
 
 
@@ -30,7 +35,8 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     `control` replaces what the donors say, for comparisons: "zero", or "shuffle" (another row's; batches of two and more).
 
     Args:
-        host, donors: models to build it of instead of empty ones; donors without head, cut after their last tap.
+        host, donors: models to build it of instead of empty ones; donors without head, cut after their last tap. Where
+            outputs are mixed, `donor_heads` are to be filled, but for those that are the donors' embeddings.
 
     Raises:
         FusionError: a mode, tap or site that does not exist; in `forward`, inputs without token ids, a cache of another kind.
@@ -42,7 +48,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-    _no_split_modules: ClassVar[list[str]] = [cls.__name__ for cls in MODES.values()]
+    _no_split_modules: ClassVar[list[str]] = [cls.__name__ for cls in (*FUSERS.values(), *MIXERS.values())]
 
     def __init__(
         self, config: FusionConfig, host: PreTrainedModel | None = None, donors: Sequence[PreTrainedModel] | None = None
@@ -50,28 +56,32 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         asked = getattr(config, "_attn_implementation_internal", None)  # before the base class puts its default there
         super().__init__(config)
         self.host = AutoModelForCausalLM.from_config(config.text_config, attn_implementation=asked) if host is None else host
-        how = {"attn_implementation": "eager"} if asked == "eager" else {}  # donors get masks that others may not take
+        how: dict[str, Any] = {"dtype": self.host.dtype}  # what the whole is loaded in, whatever a donor was stored in
+        how |= {"attn_implementation": "eager"} if asked == "eager" else {}  # donors get masks that others may not take
         self.donors: Any = nn.ModuleList(
             [AutoModel.from_config(one, **how) for one in config.donor_configs()] if donors is None else donors
         )
-        fusion = config.fusion
-        rest = (config.widths(), fusion["rank"], fusion["heads"], fusion["norm"], fusion["dropout"])
-        self.fusers: Any = nn.ModuleList(
-            MODES[fusion["mode"]](site, config.text_config.hidden_size, *rest) for site in fusion["sites"]
+        self.fusers: Any = nn.ModuleList(make_fusers(config))
+        heads = config.donor_configs() if config.fuses_outputs else []
+        self.donor_heads: Any = nn.ModuleList(
+            nn.Linear(one.hidden_size, one.vocab_size, bias=False, dtype=self.host.dtype) for one in heads
         )
-        rows = config.text_config.vocab_size + 1
+        self._tied_weights_keys = {
+            f"donor_heads.{number}.weight": f"donors.{number}.embed_tokens.weight"
+            for number, one in enumerate(heads)
+            if one.tie_word_embeddings
+        }
         for number, donor in enumerate(config.donors):
-            self.register_buffer(f"offsets_{number}", torch.zeros(rows, dtype=torch.int32))
-            self.register_buffer(f"tokens_{number}", torch.zeros(donor["map_size"], dtype=torch.int32))
+            sizes = {"offsets": config.text_config.vocab_size + 1, "tokens": donor["map_size"]}
+            if config.fuses_outputs:
+                sizes |= {"begins": config.text_config.vocab_size, "lands": heads[number].vocab_size}
+            for name, size in sizes.items():
+                self.register_buffer(f"{name}_{number}", torch.zeros(size, dtype=torch.int32))
         self.control: str | None = None
         self._features: Features | None = None
         self._states: dict[tuple[int, int], torch.Tensor] = {}
-        parts: Any = self  # attributes of modules have no types
-        for number, donor in enumerate(config.donors):
-            for tap in donor["taps"]:
-                parts.donors[number].layers[tap - 1].register_forward_hook(partial(self._tap, (number, tap)))
-        for site, fuser in zip(fusion["sites"], parts.fusers, strict=True):
-            parts.host.model.layers[site - 1].register_forward_hook(partial(self._inject, fuser))
+        self._last: torch.Tensor | None = None
+        self._hook()
         self.post_init()
         self.freeze()
 
@@ -91,8 +101,11 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: FusionCache | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
         """What the host returns: loss where `labels` are given, logits [B, T, V], past_key_values, ..."""
@@ -106,15 +119,19 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
                 past_key_values = FusionCache(self.config)
         try:
             self._features = self.features(input_ids, attention_mask, past_key_values)
-            return self.host(
+            run = self._mixed if self.config.fuses_outputs else self.host
+            return run(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
+                position_ids=position_ids,
                 past_key_values=past_key_values,
+                labels=labels,
                 use_cache=past_key_values is not None,
+                logits_to_keep=logits_to_keep,
                 **kwargs,
             )
         finally:
-            self._features = None
+            self._features = self._last = None
             self._states.clear()
 
     @torch.no_grad()
@@ -167,12 +184,65 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         found: nn.Module = self.host.get_output_embeddings()
         return found
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """Heads of donors that are their embeddings too: transformers asks the config of the whole, which is the host's."""
+        found: dict[str, str] = super().get_expanded_tied_weights_keys(all_submodels)
+        return found | self._tied_weights_keys
+
     def fuser_parameters(self) -> dict[str, nn.Parameter]:
         """What is trained, by its name in the model."""
         return {f"fusers.{name}": value for name, value in self.fusers.named_parameters()}
 
+    def _hook(self) -> None:
+        """Has the layers of host and donors tell what they find, and take what the fusers add."""
+        parts: Any = self  # attributes of modules have no types
+        for number, donor in enumerate(self.config.donors):
+            for tap in donor["taps"]:
+                one = parts.donors[number].norm if self.config.fuses_outputs else parts.donors[number].layers[tap - 1]
+                one.register_forward_hook(partial(self._tap, (number, tap)))
+        if self.config.fuses_outputs:
+            self.get_output_embeddings().register_forward_pre_hook(self._keep)
+            return
+        for site, fuser in zip(self.config.fusion["sites"], parts.fusers, strict=True):
+            parts.host.model.layers[site - 1].register_forward_hook(partial(self._inject, fuser))
+
+    def _mixed(
+        self,
+        labels: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """What the host returns, with the donors' distributions mixed into its logits at the positions that are kept."""
+        assert self._features is not None
+        output = self.host(logits_to_keep=logits_to_keep, return_dict=True, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        states = [x[:, kept] for x in self._features.aligned]
+        ratios = [
+            log_ratio(output.logits, x, partial(self._say, m), getattr(self, f"begins_{m}"), getattr(self, f"lands_{m}"))
+            for m, x in enumerate(states)
+        ]
+        logits = self.fusers[0](output.logits, self._last, states, ratios)
+        found = dict(output) | {"logits": logits}
+        if labels is not None:
+            vocabulary = self.config.text_config.vocab_size
+            found["loss"] = self.host.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **kwargs)
+        result = type(output)(**found)
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _say(self, number: int, state: torch.Tensor) -> torch.Tensor:
+        """A donor's logits [..., U] of its last state [..., D]."""
+        head = self.donor_heads[number]
+        logits: torch.Tensor = head(state.to(head.weight.dtype))
+        cap = getattr(self.donors[number].config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()
+
     def _tap(self, key: tuple[int, int], module: nn.Module, arguments: Any, output: Any) -> None:
         self._states[key] = output[0] if isinstance(output, tuple) else output
+
+    def _keep(self, module: nn.Module, arguments: Any) -> None:
+        if self._features is not None:
+            self._last = arguments[0]
 
     def _inject(self, fuser: Fuser, module: nn.Module, arguments: Any, output: Any) -> Any:
         if self._features is None:  # the host is called by itself
@@ -182,7 +252,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         return output + fuser(output, self._features)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Fuser):
+        if isinstance(module, Fuser | Mixer):
             module.reset_parameters()
 
     def _prepare_cache_for_generation(
@@ -197,3 +267,12 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *rest, **kwargs)
         if given is None and model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = FusionCache(self.config)
+
+
+def make_fusers(config: FusionConfig) -> list[Fuser | Mixer]:
+    """What is trained, as it is before: a fuser for every site, or one mixer."""
+    mode, hidden, settings = config.fusion["mode"], config.text_config.hidden_size, dict(config.fusion)
+    if config.fuses_outputs:
+        return [MIXERS[mode](hidden, config.widths(), **{name: settings[name] for name in MIXERS[mode].settings})]
+    rest = [settings[name] for name in ("rank", "heads", "norm", "dropout")]
+    return [FUSERS[mode](site, hidden, config.widths(), *rest) for site in settings["sites"]]

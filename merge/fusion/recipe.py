@@ -2,7 +2,7 @@
 
     host       the model that answers; `alphas`: a file of alphas with which its layers are fused first
     donors     models whose intermediate states it reads, at `taps`
-    fusion     mode, sites, rank, heads, norm, dropout (configuration_fusion.py)
+    fusion     mode, and its settings (configuration_fusion.py)
     training   of the fusers; without it the result equals its host
 
 Taps and sites are layers that have been run: whole numbers, or with a decimal point a share of the model's layers (0.5, 1.0).
@@ -24,7 +24,7 @@ TAPS = (0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Backbone:
-    """A source model; `taps` of donors, `alphas` of the host."""
+    """A source model; `alphas` of the host; `taps` of donors, by default TAPS, or their last layer where outputs are mixed."""
 
     model: str
     revision: str | None = None
@@ -75,9 +75,14 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         RecordError, FusionError: what is wrong with it.
     """
-    found = Fields(str(path))
+    return recipe_from(read_yaml(path), str(path))
+
+
+def recipe_from(content: Any, where: str) -> Recipe:
+    """The recipe in plain data; `where` names it in errors, which are those of `read_recipe`."""
+    found = Fields(where)
     version, host, donors, fusion, budget, training = found.take(
-        read_yaml(path), schema_version=int, host=dict, donors=list, fusion=(dict, None), budget=(float, None),
+        content, schema_version=int, host=dict, donors=list, fusion=(dict, None), budget=(float, None),
         training=(dict, None),
     )  # fmt: skip
     found.check_version(version)
@@ -86,13 +91,13 @@ def read_recipe(path: Path) -> Recipe:
     trained = _training(found, training) if training is not None else None
     found.done()
     if not others:
-        raise FusionError(f"{path}: there are no donors; expected at least one")
+        raise FusionError(f"{where}: there are no donors; expected at least one")
     settings = dict(fusion or {})
     if unknown := sorted(set(settings) - set(DEFAULTS)):
-        raise FusionError(f"{path}: fusion has no {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
+        raise FusionError(f"{where}: fusion has no {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
     limit = BUDGET if budget is None else budget
     if limit < 1 or not math.isfinite(limit):
-        raise FusionError(f"{path}: budget is {limit}; expected a number of parameters, such as 8e9 written 8000000000")
+        raise FusionError(f"{where}: budget is {limit}; expected a number of parameters, such as 8e9 written 8000000000")
     return Recipe(first, others, settings, int(limit), trained)
 
 
@@ -102,8 +107,6 @@ def _backbone(found: Fields, at: str, content: Any, **optional: Any) -> Backbone
     given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
     if "taps" in given:
         given["taps"] = tuple(given["taps"])
-    elif "taps" in optional:
-        given["taps"] = TAPS
     return Backbone(**({"model": ""} | given))
 
 

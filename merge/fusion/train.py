@@ -49,6 +49,7 @@ def train(
     *,
     accelerator: Accelerator | None = None,
     teacher: torch.nn.Module | None = None,
+    logits_of: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None,
     checkpoint: Path | None = None,
     identity: Mapping[str, Any] | None = None,
     progress: Callable[[int, Mapping[str, float]], None] = lambda tokens, row: None,
@@ -58,6 +59,7 @@ def train(
     Args:
         blocks, held_out: [N, block] host ids.
         teacher: a causal model with the host's vocabulary, whose distribution is learned too.
+        logits_of: given numbers of blocks and their ids, the model's logits; where what does not change was computed before.
         checkpoint: a file to go on from where it exists; written about once a minute.
         identity: what must be the same for that.
         progress: told after every update of its tokens and its row of the log.
@@ -87,7 +89,9 @@ def train(
             group["lr"] = rate
         torch.manual_seed(recipe.seed * 1_000_003 + update * world + rank)  # of dropout
         rows = _rows(len(blocks), recipe, update)[rank::world]
-        loss = _loss(wrapped, blocks[rows].to(accelerator.device), teacher, recipe.distil_weight)
+        ids = blocks[rows].to(accelerator.device)
+        logits = wrapped(ids, use_cache=False).logits if logits_of is None else logits_of(rows, ids)
+        loss = _loss(logits[:, :-1].float(), ids, teacher, recipe.distil_weight)
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.fusers.parameters(), recipe.clip)
         prepared.step()
@@ -150,8 +154,7 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _loss(model: Any, ids: torch.Tensor, teacher: Any, weight: float) -> torch.Tensor:
-    logits = model(ids, use_cache=False).logits[:, :-1].float()
+def _loss(logits: torch.Tensor, ids: torch.Tensor, teacher: Any, weight: float) -> torch.Tensor:
     loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     if teacher is None:
         return loss

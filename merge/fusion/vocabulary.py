@@ -108,6 +108,15 @@ def bridge(
     return Bridge(begins, lands)
 
 
+def same_vocabulary(host_size: int, donor_size: int) -> tuple[VocabularyMap, Bridge]:
+    """The tables of two models with one tokenizer, whatever it is: every id stands for itself, if the donor has it."""
+    shared = min(host_size, donor_size)
+    ids = torch.arange(max(host_size, donor_size), dtype=torch.int32)
+    offsets = torch.arange(host_size + 1, dtype=torch.int32).clamp(max=shared)
+    begins = ids[:host_size].where(ids[:host_size] < shared, ids.new_tensor(-1))
+    return VocabularyMap(offsets, ids[:shared].clone()), Bridge(begins, ids.new_full((donor_size,), -1))
+
+
 def clock(lengths: torch.Tensor) -> torch.Tensor:
     """The bytes that are known after every token: int64, `(..., T) -> (..., T)`.
 
