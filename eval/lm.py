@@ -20,6 +20,8 @@ from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from merge.checkpoint import FUSED
+
 from .errors import ScoreError
 from .tree import UNLIMITED, Cluster, Limits, Pack, plan
 
@@ -129,6 +131,8 @@ class PrefixLM(HFLM):
         """Why prefixes cannot be shared, as far as that can be seen without running; None if they may."""
         if self.backend != "causal":
             return "the model is not a causal language model"
+        if self.model.config.model_type == FUSED:
+            return "its donors read every text by itself, from the start"
         config = self.model.config.get_text_config()
         if getattr(config, "alibi", False) or config.model_type in ALIBI:
             return "its attention adds biases by position (ALiBi), which masks of prefix trees would replace"

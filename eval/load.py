@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from merge.checkpoint import Checkpoint, Tensor
+from merge.checkpoint import FUSED, Checkpoint, Tensor
+from merge.fusion import register
 from merge.runtime import FLOATS, Placement, place_model, torch_dtype
 
 from .errors import LoadError
@@ -60,6 +61,8 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     )
     log.info("%s in %s on %s (%s)", checkpoint.folder, placement.dtype, placement.device, placement.reason)
     loading: dict[str, Any] = {"dtype": torch_dtype(placement.dtype), "device_map": placement.device_map}
+    if checkpoint.model_type == FUSED:
+        register()
     if checkpoint.config.get("attn_logit_softcapping"):
         loading["attn_implementation"] = "eager"  # the fused attention kernels leave soft-capping out
     if placement.device_map == "auto":

@@ -192,3 +192,29 @@ def loss_curve(log: Path, path: Path) -> None:
     FigureCanvasAgg(figure)
     with whole_file(path) as scratch:
         figure.savefig(scratch, dpi=DPI, format="png", bbox_inches="tight")
+
+
+def differences(path: Path, rows: Sequence[Any], bench: Any) -> None:
+    """Bits per byte of every arm of a fusion benchmark less its host's, by domain, with 95 % intervals over documents."""
+    from .bits import difference
+    from .fusion_bench import HOST, pooled
+
+    arms = [arm for arm in dict.fromkeys(row.arm for row in rows) if any(row.arm == arm and row.trained for row in rows)]
+    domains = list(bench.domains)
+    figure, found = axes(4.2 * len(domains) + 1.5, 0.42 * len(arms) + 1.6, columns=len(domains))
+    data = []
+    for ax, domain in zip(found, domains, strict=True):
+        for place, arm in enumerate(arms):
+            one = difference(pooled(rows, arm, domain), pooled(rows, HOST, domain))
+            control = arm.startswith((f"{bench.controlled}, ", "lora"))
+            ax.errorbar(
+                one.value, place, xerr=[[one.value - one.low], [one.high - one.value]], fmt="s" if control else "o",
+                color=COLOURS[1] if control else COLOURS[0], capsize=3,
+            )  # fmt: skip
+            data.append((domain, arm, one.value, one.low, one.high))
+        ax.axvline(0.0, color=GREY, linewidth=1)
+        ax.set(title=domain, xlabel="bits per byte less the host's (left is better)", yticks=range(len(arms)))
+        ax.set_yticklabels(arms if ax is found[0] else [])
+        ax.invert_yaxis()
+    figure.suptitle("Arms (circles) and controls (squares); bars: 95 % intervals over documents", fontsize=10)
+    save(figure, path, ("domain", "arm", "difference", "low", "high"), data)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from .checkpoint import DTYPE_BITS, SINGLE_FILE, Checkpoint, Tensor, encode_header, is_tied
+from .checkpoint import DTYPE_BITS, FUSED, SINGLE_FILE, Checkpoint, Tensor, encode_header, is_tied
 from .errors import PlanError
 from .families import FAMILIES, GROUPS, group_of, kind_of, norm_read_by
 from .layer_config import CutConfig, cut_config, mixed_attention
@@ -175,6 +175,11 @@ def make_blueprint(
     Raises:
         PlanError: the plan does not fit the model; the message names the tensor, what was found and what to do.
     """
+    if checkpoint.model_type == FUSED:
+        raise PlanError(
+            f"{checkpoint.folder} is a fused model, whose fusers were made for its host as it is; fuse the host's layers "
+            "first: 'alphas' of the host in the config of scripts/fuse.py"
+        )
     if plan.num_hidden_layers != checkpoint.num_hidden_layers:
         raise PlanError(
             f"the plan is for {plan.num_hidden_layers} layers but {checkpoint.folder} has {checkpoint.num_hidden_layers}; "

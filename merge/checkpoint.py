@@ -25,6 +25,7 @@ from .records import parse_json, read_json
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 CONVERT = 'convert them once with AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto").save_pretrained(FOLDER)'
+FUSED = "layerfuse_fusion"  # the model type of models that fusion/ makes: the host's layers count as the model's
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 
 DTYPE_BITS = {
@@ -122,7 +123,12 @@ def read_checkpoint(folder: Path, headers: Mapping[str, tuple[ShardFile, list[Te
         files.append(file)
     if (folder / INDEX_FILE).exists():
         _check_index(folder, tensors)
-    stack, layers, rest = _split_layers(folder, tensors, layer_count(config))
+    if config.get("model_type") == FUSED:
+        own = {name: tensor for name, tensor in tensors.items() if name.startswith("host.")}
+        stack, layers, rest = _split_layers(folder, own, layer_count(config.get("text_config") or {}))
+        rest |= {name: tensor for name, tensor in tensors.items() if name not in own}
+    else:
+        stack, layers, rest = _split_layers(folder, tensors, layer_count(config))
     checkpoint = Checkpoint(folder, config, tuple(files), tensors, stack, layers, rest)
     _check_head(checkpoint)
     return checkpoint

@@ -1,0 +1,353 @@
+"""Which way of fusing helps, and whether it is the donor that helps: every arm trained alike, beside the controls.
+
+    arms       modes of fusion: new fusers on the same backbones, the same blocks in the same order
+    controls   of one mode: the donor's states zeroed; another row's; those of a donor with random weights; and low-rank
+               adapters of about as many parameters on the host alone. What these gain, training gains, not the donor
+    measured   bits per byte of held-out documents by domain, document by document; tokens per second of scoring
+
+A gain is claimed only where an arm is better than its host and than every control, each by an interval that excludes zero.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from merge.fusion import FusionConfig, FusionForCausalLM
+from merge.fusion.assemble import Parts, make_parts, new_fusers, read_tokenizer
+from merge.fusion.configuration_fusion import with_defaults
+from merge.fusion.features import Store, compute, from_entry, run_host
+from merge.fusion.fusers import MODES
+from merge.fusion.make import assemble, check_finite, load_fused
+from merge.fusion.mixers import MODES as MIXERS
+from merge.fusion.recipe import Training
+from merge.fusion.text import read_documents, token_blocks
+from merge.fusion.train import Trained, train
+from merge.records import Fields, read_yaml
+
+from .bits import Bits, cut, difference, measure
+from .errors import EvalError
+from .lora import LoraHost
+from .stats import Mean
+
+log = logging.getLogger(__name__)
+
+CONTROLS = ("zero", "shuffle", "random-donor", "lora")
+HOST = "host"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is compared, beside the recipe in the same file.
+
+    domains      name -> texts to measure on
+    outputs      modes that mix the donors' outputs
+    controlled   the mode that the controls are of
+    """
+
+    domains: Mapping[str, tuple[str, ...]]
+    arms: tuple[str, ...] = tuple(MODES)
+    outputs: tuple[str, ...] = tuple(MIXERS)
+    controls: tuple[str, ...] = CONTROLS
+    controlled: str = "attention"
+    documents: int = 50
+    max_bytes: int = 2000
+    seeds: int = 1
+
+
+@dataclass
+class Row:
+    """One arm from one seed: trained parameters, bits by domain, tokens per second of scoring, the last training loss."""
+
+    arm: str
+    seed: int
+    parameters: int
+    trained: int
+    bits: dict[str, Bits]
+    tokens_per_s: float
+    loss: float | None = None
+    train_s: float = 0.0
+    log: list[list[float]] = field(default_factory=list)
+
+
+def read_bench(path: Path) -> tuple[Bench, dict[str, Any]]:
+    """(what is compared, the rest of the file: a recipe).
+
+    Raises:
+        RecordError, EvalError: what is wrong with it.
+    """
+    content = read_yaml(path)
+    if not isinstance(content, dict) or not isinstance(content.get("bench"), dict):
+        raise EvalError(f"{path} has no 'bench'; expected what is compared: domains, arms, controls")
+    found = Fields(str(path))
+    names = ("arms", "outputs", "controls", "controlled", "documents", "max_bytes", "seeds")
+    domains, *rest = found.take(
+        content["bench"], "bench", domains=dict, arms=(list, None), outputs=(list, None), controls=(list, None),
+        controlled=(str, None), documents=(int, None), max_bytes=(int, None), seeds=(int, None),
+    )  # fmt: skip
+    found.done()
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in zip(names, rest, strict=True)
+        if value is not None
+    }
+    texts = {str(name): tuple(several) if isinstance(several, list) else (str(several),) for name, several in domains.items()}
+    bench = Bench(texts, **given)
+    for what, chosen, known in (
+        ("arm", bench.arms, MODES),
+        ("output", bench.outputs, MIXERS),
+        ("control", bench.controls, CONTROLS),
+    ):
+        for one in chosen:
+            if one not in known:
+                raise EvalError(f"{path}: there is no {what} {one!r}; there are {', '.join(known)}")
+    if bench.controlled not in MODES or (bench.controls and bench.controlled not in bench.arms):
+        raise EvalError(f"{path}: controls are of {bench.controlled!r}, which is not among the arms {', '.join(bench.arms)}")
+    if min(bench.documents, bench.max_bytes, bench.seeds) < 1 or not texts:
+        raise EvalError(f"{path}: documents, max_bytes and seeds must be at least 1, and there must be a domain")
+    return bench, {key: value for key, value in content.items() if key != "bench"}
+
+
+class Arms:
+    """All arms on one pair of backbones, which are loaded once."""
+
+    def __init__(self, parts: Parts, assembled: Path, bench: Bench, device: str, dtype: str = "auto") -> None:
+        """Loads the models and reads the texts.
+
+        Raises:
+            FusionError, EvalError: a text that cannot be read, a donor whose states are not finite.
+        """
+        assert parts.recipe.training is not None
+        self.parts, self.bench, self.device = parts, bench, device
+        self.recipe: Training = parts.recipe.training
+        self.tokenizer = read_tokenizer(parts.sources[0])
+        blocks = token_blocks(read_documents(self.recipe.text), self.tokenizer, self.recipe.block)
+        order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))
+        self.blocks = blocks[order[: self.recipe.updates * self.recipe.batch]]  # what lies beyond would never be used
+        self.documents = {}
+        for name, texts in bench.domains.items():
+            self.documents[name] = cut(_pieces(read_documents(texts), bench.max_bytes), bench.max_bytes)[: bench.documents]
+        self.model = load_fused(assembled, device)
+        check_finite(self.model, self.blocks[:1].to(device))
+        self.stores: dict[str, Store] = {}
+        self.assembled, self.dtype = assembled, dtype
+        self._outputs: FusionForCausalLM | None = None
+
+    def host(self) -> Row:
+        """The host alone."""
+        model = self.model.host
+        return Row(HOST, 0, sum(x.numel() for x in model.parameters()), 0, *self._measure(model))
+
+    def donor(self, number: int) -> Row:
+        """A source of a donor by itself, with all of its layers and its own tokenizer."""
+        source = self.parts.sources[1 + number]
+        model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=self.model.host.dtype).to(self.device).eval()
+        found = self._measure(model, read_tokenizer(source))
+        return Row(f"donor {number}: {source.name}", 0, sum(x.numel() for x in model.parameters()), 0, *found)
+
+    def fused(self, mode: str, seed: int, control: str | None = None, progress: Callable[[int], None] = lambda n: None) -> Row:
+        """A mode, or a control of it, trained and measured."""
+        with self._model(mode, seed, control == "random-donor") as model:
+            store = self._store(model, "random" if control == "random-donor" else "real")
+            if control in ("zero", "shuffle"):
+                store = store.zeroed() if control == "zero" else store.shuffled()
+            with from_entry(model, store) as begin:
+
+                def logits_of(rows: list[int], ids: torch.Tensor) -> torch.Tensor:
+                    begin(rows, self.device)
+                    return run_host(model, ids, store.features(rows))
+
+                trained = self._train(model, seed, logits_of, progress)
+            model.control = control if control in ("zero", "shuffle") else None
+            rows = self._measure(model)
+            total = sum(value.numel() for value in model.parameters())
+            count = sum(value.numel() for value in model.fuser_parameters().values())
+        return self._row(mode if control is None else f"{mode}, {control}", seed, total, count, rows, trained)
+
+    def output(self, mode: str, seed: int, progress: Callable[[int], None] = lambda n: None) -> Row:
+        """The outputs of host and donors mixed; trained where there is something to train."""
+        if self._outputs is None:
+            fewer = tuple(replace(donor, taps=()) for donor in self.parts.recipe.donors)  # whole donors, with heads
+            recipe = replace(self.parts.recipe, donors=fewer, fusion={"mode": "mixture"})
+            parts = make_parts(recipe, self.parts.sources, dtype=self.dtype)
+            assemble(parts, self.assembled.with_name(f"{self.assembled.name}-outputs"))
+            self._outputs = load_fused(self.assembled.with_name(f"{self.assembled.name}-outputs"), self.device)
+        model = self._outputs
+        model.config.fusion = with_defaults({"mode": mode})
+        model.fusers = torch.nn.ModuleList(new_fusers(model.config, seed)).to(self.device)
+        count = sum(value.numel() for value in model.fuser_parameters().values())
+        trained = self._train(model, seed, None, progress) if count else None
+        found = self._measure(model.eval())
+        total = sum(value.numel() for value in model.parameters())
+        if trained is None:
+            return Row(f"{mode} of outputs", seed, total, 0, *found)
+        return self._row(f"{mode} of outputs", seed, total, count, found, trained)
+
+    def lora(self, parameters: int, seed: int, progress: Callable[[int], None] = lambda n: None) -> Row:
+        """The host with low-rank adapters of about so many parameters above its first site."""
+        layers = len(self.model.host.model.layers)
+        first = min(min(self.model.config.fusion["sites"]), layers // 2)
+        torch.manual_seed(seed)
+        model: Any = LoraHost(self.model.host, range(first, layers), parameters).to(self.device)
+        try:
+            trained = self._train(model, seed, None, progress)
+            found = self._measure(model)
+        finally:
+            model.remove()
+        count = sum(value.numel() for value in model.fuser_parameters().values())
+        total = count + sum(value.numel() for value in self.model.host.parameters())
+        return self._row(f"lora, rank {model.rank}", seed, total, count, found, trained)
+
+    def _row(self, name: str, seed: int, total: int, count: int, found: tuple[dict[str, Bits], float], trained: Trained) -> Row:
+        return Row(name, seed, total, count, *found, trained.log[-1][1], round(trained.time_s, 2), trained.log)
+
+    def _train(self, model: Any, seed: int, logits_of: Any, progress: Callable[[int], None]) -> Trained:
+        recipe = replace(self.recipe, seed=seed)
+        accelerator = Accelerator(cpu=self.device == "cpu")
+        return train(
+            model, self.blocks, self.blocks[:0], recipe, accelerator=accelerator, logits_of=logits_of,
+            progress=lambda tokens, row: progress(tokens),
+        )  # fmt: skip
+
+    @contextmanager
+    def _model(self, mode: str, seed: int, random_donor: bool) -> Iterator[FusionForCausalLM]:
+        """A fused model on the shared backbones; their hooks are gone afterwards."""
+        config = FusionConfig(
+            text_config=self.model.config.text_config, donors=self.model.config.donors,
+            fusion=self.model.config.fusion | {"mode": mode},
+        )  # fmt: skip
+        parts: Any = self.model
+        donors = list(parts.donors)
+        if random_donor:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                donors = [type(one)(one.config).to(one.dtype).to(self.device).eval() for one in donors]
+        layers = [*parts.host.model.layers, *(layer for donor in donors for layer in donor.layers)]
+        before = [dict(layer._forward_hooks) for layer in layers]
+        model = FusionForCausalLM(config, parts.host, donors)
+        for name, value in self.model.named_buffers(recurse=False):
+            getattr(model, name).copy_(value)
+        model.fusers = torch.nn.ModuleList(model.fusers)
+        for own, new in zip(model.fusers, new_fusers(config, seed), strict=True):
+            own.load_state_dict(new.state_dict())
+        try:
+            yield model.to(self.device).eval()
+        finally:
+            for layer, hooks in zip(layers, before, strict=True):
+                layer._forward_hooks.clear()
+                layer._forward_hooks.update(hooks)
+
+    def _store(self, model: FusionForCausalLM, key: str) -> Store:
+        if key not in self.stores:
+            log.info("computing the donors' states of %d blocks (%s)", len(self.blocks), key)
+            tokens = any(MODES[mode].reads_tokens for mode in self.bench.arms)
+            self.stores[key] = compute(model, self.blocks, self.recipe.batch, tokens=tokens, device=self.device)
+        return self.stores[key]
+
+    def _measure(self, model: Any, tokenizer: Any = None) -> tuple[dict[str, Bits], float]:
+        """(bits by domain, tokens of the host's per second)."""
+        tokens = sum(len(self.tokenizer(one)["input_ids"]) for several in self.documents.values() for one in several)
+        started = time.perf_counter()
+        bits = {
+            name: measure(model, tokenizer or self.tokenizer, several, batch=self.recipe.batch, device=self.device)
+            for name, several in self.documents.items()
+        }
+        return bits, tokens / (time.perf_counter() - started)
+
+
+def _pieces(documents: Sequence[str], num_bytes: int) -> list[str]:
+    """Documents in pieces of at most so many bytes, cut at line ends where there are any: one long text is many documents."""
+    found = []
+    for document in documents:
+        piece = ""
+        for line in document.splitlines(keepends=True):
+            if piece and len((piece + line).encode()) > num_bytes:
+                found.append(piece)
+                piece = ""
+            piece += line
+        found.append(piece)
+    return found
+
+
+def pooled(rows: Sequence[Row], arm: str, domain: str) -> Bits:
+    """An arm's bits, the mean over its seeds, document by document."""
+    several = [row.bits[domain] for row in rows if row.arm == arm]
+    return Bits(sum((one.bits for one in several), 0 * several[0].bits) / len(several), several[0].bytes)
+
+
+def claims(rows: Sequence[Row], bench: Bench) -> list[str]:
+    """For every domain what may be said of the controlled mode."""
+    names = list(dict.fromkeys(row.arm for row in rows))
+    controls = [name for name in names if name.startswith((f"{bench.controlled}, ", "lora"))]
+    found = []
+    for domain in bench.domains:
+        against = {
+            name: difference(pooled(rows, bench.controlled, domain), pooled(rows, name, domain)) for name in [HOST, *controls]
+        }
+        better = {name: one for name, one in against.items() if one.high < 0}
+        if len(controls) >= len(bench.controls) > 0 and len(better) == len(against):
+            smallest = max(against, key=lambda name: against[name].value)
+            found.append(
+                f"{domain}: {bench.controlled} reads something of use in its donors: {_interval(against[smallest])} bits per "
+                f"byte beside the nearest control ({smallest}), {_interval(against[HOST])} beside its host"
+            )
+        else:
+            short = ", ".join(f"{name} {_interval(one)}" for name, one in against.items() if name not in better)
+            found.append(
+                f"{domain}: no gain from the donors is shown for {bench.controlled}; "
+                f"not better than {short or 'enough controls'}"
+            )
+    return found
+
+
+def _interval(one: Mean) -> str:
+    return f"{one.value:+.3f} [{one.low:.3f}, {one.high:.3f}]"
+
+
+def table(rows: Sequence[Row], bench: Bench) -> str:
+    """Markdown: an arm in a row; bits per byte of every domain with the difference to the host."""
+    domains = list(bench.domains)
+    head = [
+        "arm",
+        "parameters",
+        "trained",
+        *(f"{name}, bits per byte" for name in domains),
+        *(f"{name}, less host" for name in domains),
+    ]
+    lines = ["| " + " | ".join([*head, "tokens/s"]) + " |", "|" + "---|" * (len(head) + 1)]
+    for arm in dict.fromkeys(row.arm for row in rows):
+        several = [row for row in rows if row.arm == arm]
+        cells = [arm, f"{several[0].parameters:,}", f"{several[0].trained:,}"]
+        cells += [f"{pooled(rows, arm, name).per_byte:.4f}" for name in domains]
+        cells += [
+            "" if arm == HOST else _interval(difference(pooled(rows, arm, name), pooled(rows, HOST, name))) for name in domains
+        ]
+        lines.append("| " + " | ".join([*cells, f"{sum(row.tokens_per_s for row in several) / len(several):,.0f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def record(rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
+    """Everything as plain data."""
+    return {
+        "bench": {**asdict(bench)},
+        "rows": [
+            {
+                "arm": row.arm, "seed": row.seed, "parameters": row.parameters, "trained": row.trained,
+                "tokens_per_s": row.tokens_per_s, "loss": row.loss, "train_s": row.train_s,
+                "bits_per_byte": {name: one.per_byte for name, one in row.bits.items()},
+                "bits": {name: one.bits.tolist() for name, one in row.bits.items()},
+                "bytes": {name: one.bytes.tolist() for name, one in row.bits.items()},
+                "losses": [entry[1] for entry in row.log if not math.isnan(entry[1])],
+            }
+            for row in rows
+        ],
+        "claims": claims(rows, bench) if any(row.arm == bench.controlled for row in rows) else [],
+    }  # fmt: skip

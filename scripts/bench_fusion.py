@@ -1,0 +1,88 @@
+"""Compares ways of fusing models, each trained alike, with the controls that tell whether the donors matter."""
+
+import _checkout  # noqa: F401 (puts the repository first on sys.path)
+import argparse
+import json
+import logging
+from pathlib import Path
+
+from _cli import CONFIGS, parser, run
+from _scoring import counter
+
+EXAMPLES = """\
+  python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --out runs/bench-tiny      random twins, some minutes
+  python scripts/bench_fusion.py --config configs/fusion/bench-smollm2.yaml --out runs/bench-fusion
+  python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --updates 5                a quick look"""
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    result = parser(__doc__ or "", EXAMPLES)
+    result.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe with a part named bench")
+    result.add_argument(
+        "--out", type=Path, default=Path("runs/bench-fusion"), metavar="DIR", help="results (default: %(default)s)"
+    )
+    result.add_argument("--updates", type=int, metavar="N", help="instead of the config's")
+    result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
+    result.add_argument("--dtype", default="auto", help="of the backbones: auto (as stored), float32, bfloat16")
+    return result
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Assembles once, then trains and measures one arm after the other; what is done is written after each."""
+    from dataclasses import replace
+
+    from _scoring import check_positive
+
+    check_positive(arguments, "updates")
+    from eval.errors import EvalError
+    from eval.fusion_bench import Arms, claims, read_bench, record, table
+    from eval.plots import differences
+    from merge.fusion.assemble import make_parts
+    from merge.fusion.make import assemble
+    from merge.fusion.recipe import recipe_from
+    from merge.publish import write_whole
+    from merge.runtime import training_device
+    from merge.source import resolve
+
+    bench, content = read_bench(arguments.config)
+    recipe = recipe_from(content, str(arguments.config))
+    if recipe.training is None:
+        raise EvalError(f"{arguments.config} has no training; expected what the arms are trained on")
+    if arguments.updates:
+        recipe = replace(recipe, training=replace(recipe.training, updates=arguments.updates))
+    sources = [resolve(one.model, revision=one.revision, configs=CONFIGS) for one in (recipe.host, *recipe.donors)]
+    parts = make_parts(recipe, sources, dtype=arguments.dtype)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    assemble(parts, arguments.out / "assembled")
+    arms = Arms(parts, arguments.out / "assembled", bench, training_device(arguments.device), arguments.dtype)
+    each = recipe.training.updates * recipe.training.batch * recipe.training.block
+    total = bench.seeds * (len(bench.arms) + ("mixture" in bench.outputs) + len(bench.controls)) * each
+    rows = [arms.host(), *(arms.donor(number) for number in range(len(recipe.donors)))]
+    with counter("training", "token", total, arguments.quiet) as bar:
+        for seed in range(bench.seeds):
+            for mode in bench.arms:
+                rows.append(arms.fused(mode, seed, progress=bar.update))
+                logging.info("%s", table(rows, bench).splitlines()[-1])
+                write_whole(arguments.out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
+            for mode in bench.outputs:
+                rows.append(arms.output(mode, seed, progress=bar.update))
+                logging.info("%s", table(rows, bench).splitlines()[-1])
+            for control in bench.controls:
+                if control == "lora":
+                    trained = next(row.trained for row in rows if row.arm == bench.controlled)
+                    rows.append(arms.lora(trained, seed, progress=bar.update))
+                else:
+                    rows.append(arms.fused(bench.controlled, seed, control, progress=bar.update))
+                logging.info("%s", table(rows, bench).splitlines()[-1])
+                write_whole(arguments.out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
+    text = table(rows, bench) + "\n" + "".join(f"- {line}\n" for line in claims(rows, bench))
+    write_whole(arguments.out / "table.md", text)
+    differences(arguments.out / "differences.png", rows, bench)
+    print(text)
+    print(json.dumps({"out": str(arguments.out), "arms": len(rows)}))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, options(), "stopped; what was done is in results.json")

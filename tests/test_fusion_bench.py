@@ -1,0 +1,222 @@
+"""The comparison of fusions: bits per byte, what is computed once, low-rank adapters, and claims that controls can refute."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from fused import MODES, fused, some_ids
+from tiny import ROOT, load, tiny_source
+from transformers import AutoTokenizer
+
+from eval.bits import Bits, cut, difference, measure
+from eval.errors import DataError, EvalError
+from eval.fusion_bench import Bench, Row, claims, pooled, read_bench, table
+from eval.lora import LoraHost
+from merge.fusion.features import compute, from_entry, run_host
+
+TEXT = "".join(f"Line {i} of a text that says {i * i} and then some more.\n" for i in range(60))
+CONFIG = """\
+schema_version: 1
+host: {model: "tiny:llama3.2-1b"}
+donors: [{model: "tiny:phi3-mini", taps: [3]}]
+fusion: {sites: [1.0], rank: 8, heads: 2}
+training: {text: [text.txt], updates: 2, block: 16, batch: 2, learning_rate: 0.01}
+bench:
+  domains: {prose: text.txt, more: [text.txt]}
+  arms: [weighted, attention]
+  documents: 6
+  max_bytes: 60
+"""
+
+
+def test_bits_per_byte_are_the_log_probabilities_of_all_tokens(llama):
+    model, tokenizer = load(llama.folder), AutoTokenizer.from_pretrained(llama.folder)
+    documents = ["a", "some words é", "x" * 40]
+    found = measure(model, tokenizer, documents, batch=2)
+    for number, document in enumerate(documents):
+        tokens = tokenizer(document)["input_ids"]
+        ids = torch.tensor([[256, *tokens]])  # bos first
+        with torch.no_grad():
+            logprobs = model(ids).logits[0].float().log_softmax(-1)
+        expected = -sum(float(logprobs[i, token]) for i, token in enumerate(tokens)) / math.log(2)
+        assert found.bits[number] == pytest.approx(expected, rel=1e-5)
+        assert found.bytes[number] == len(document.encode())
+    assert found.per_byte == pytest.approx(found.bits.sum() / found.bytes.sum())
+    with pytest.raises(DataError, match="no documents"):
+        measure(model, tokenizer, [])
+
+
+def test_documents_are_cut_between_characters():
+    assert cut(["aé", "éé", " ", "abc"], 2) == ["a", "é", "ab"]
+
+
+def test_the_difference_is_of_sums_with_an_error_over_documents():
+    random = np.random.default_rng(0)
+    size = random.uniform(10, 1000, 400)
+    noise = random.normal(0, 5, 400)
+    one, other = Bits(2 * size + noise, size), Bits(1.9 * size, size)
+    found = difference(one, other)
+    assert found.value == pytest.approx(((one.bits - other.bits).sum()) / size.sum())
+    assert found.low < 0.1 < found.high
+    again = []
+    for _ in range(300):  # the error is that of drawing documents again
+        rows = random.integers(0, 400, 400)
+        again.append((one.bits - other.bits)[rows].sum() / size[rows].sum())
+    assert found.stderr == pytest.approx(np.std(again), rel=0.2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_from_stored_states_logits_are_the_same(mode):
+    model, blocks = fused(mode, "gemma2-2b", ("llama3-8b", "phi3-mini")), some_ids(5, 11)
+    store = compute(model, blocks, 2, tokens=mode == "cross")
+    rows = [3, 0]
+    with torch.no_grad():
+        expected = model(blocks[rows], use_cache=False).logits
+        with from_entry(model, store) as begin:
+            begin(rows, "cpu")
+            found = run_host(model, blocks[rows], store.features(rows))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        assert torch.equal(model(blocks[rows], use_cache=False).logits, expected)  # all is as it was
+        zeroed, shuffled = store.zeroed(), store.shuffled()
+        assert not zeroed.aligned[0].any()
+        assert torch.equal(shuffled.aligned[1], store.aligned[1][[4, 0, 1, 2, 3]])
+        if mode != "cross":
+            model.control = "zero"
+            zero = model(blocks[rows], use_cache=False).logits
+            model.control = None
+            with from_entry(model, zeroed) as begin:
+                begin(rows, "cpu")
+                torch.testing.assert_close(run_host(model, blocks[rows], zeroed.features(rows)), zero, rtol=0, atol=1e-5)
+
+
+def test_low_rank_adapters_begin_with_nothing_and_leave_nothing():
+    host = fused().host
+    ids = some_ids()
+    with torch.no_grad():
+        before = host(ids).logits
+        lora = LoraHost(host, range(2, 4), 500)
+        assert torch.equal(lora(ids).logits, before)
+        assert sum(value.numel() for value in lora.fuser_parameters().values()) == pytest.approx(500, rel=0.25)
+        for value in lora.fuser_parameters().values():
+            value.normal_()
+        changed = lora(ids).logits
+        matrix, adapter = host.model.layers[2].self_attn.o_proj, lora.fusers[0]
+        matrix.weight.add_(adapter.up @ adapter.down)
+        lora.fusers[0].up.zero_()
+        torch.testing.assert_close(lora(ids).logits, changed, rtol=1e-3, atol=1e-3)
+        matrix.weight.sub_(adapter.up @ adapter.down)
+        lora.remove()
+        after = host(ids).logits
+    assert (changed - before).abs().max() > 0.01
+    assert not torch.equal(after, changed)
+    assert all(
+        not module._forward_hooks for module in (host.model.layers[2].self_attn.o_proj, host.model.layers[3].mlp.down_proj)
+    )
+
+
+def rows_with(**gains):
+    """Rows whose arms have so many bits per byte less than the host."""
+    random = np.random.default_rng(0)
+    size = random.uniform(100, 200, 30)
+    base = 3 * size + random.normal(0, 9, 30)
+    found = []
+    for arm, gain in {"host": 0.0, **gains}.items():
+        bits = base - gain * size + random.normal(0, 0.5, 30)
+        found.append(Row(arm.replace("__", ", "), 0, 100, 10, {"prose": Bits(bits, size)}, 5.0))
+    return found
+
+
+def test_a_gain_is_claimed_only_beyond_every_control():
+    bench = Bench({"prose": ("x",)}, ("attention",))
+    controls = {"attention__zero": 0.1, "attention__shuffle": 0.1, "attention__random-donor": 0.1}
+    (said,) = claims(rows_with(attention=0.3, **controls, lora=0.1), bench)
+    assert said.startswith("prose: attention reads something of use in its donors: -0.199 [-0.2")
+    (said,) = claims(rows_with(attention=0.3, **controls, lora=0.3), bench)
+    assert "no gain from the donors is shown for attention; not better than lora" in said
+    (said,) = claims(rows_with(attention=0.3, **controls), bench)  # a control is missing
+    assert "not better than enough controls" in said
+    (said,) = claims(rows_with(attention=-0.1, **controls, lora=0.1), bench)
+    assert "host +0.099" in said
+    shown = table(rows_with(attention=0.3), bench).splitlines()
+    assert shown[2].startswith("| host | 100 | 10 |")
+    assert "-0.3" in shown[3]
+    several = rows_with(attention=0.2) + rows_with(attention=0.4)
+    assert pooled(several, "host", "prose").per_byte - pooled(several, "attention", "prose").per_byte == pytest.approx(
+        0.3, abs=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("bench:", "bank:", "has no 'bench'"),
+        ("[weighted, attention]", "[weighed]", "no arm 'weighed'; there are concat"),
+        ("[weighted, attention]", "[weighted]", "controls are of 'attention', which is not among the arms weighted"),
+        ("documents: 6", "outputs: [sum]", "no output 'sum'; there are mixture"),
+        ("documents: 6", "controls: [nothing]", "no control 'nothing'; there are zero"),
+        ("documents: 6", "documents: 0", "must be at least 1"),
+    ],
+)
+def test_a_wrong_comparison_is_refused(tmp_path, old, new, said):
+    (tmp_path / "bench.yaml").write_text(CONFIG.replace(old, new))
+    with pytest.raises(EvalError, match=said):
+        read_bench(tmp_path / "bench.yaml")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_cache):
+    """Runs a script in a folder with a config and a text."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "bench.yaml").write_text(CONFIG)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tiny_cache), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+
+    def call(script, *arguments, status=0):
+        command = [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+        return done
+
+    return call
+
+
+def test_the_whole_comparison(run, tmp_path):
+    done = run("bench_fusion", "--config", "bench.yaml", "--out", "out")
+    assert json.loads(done.stdout.splitlines()[-1]) == {"out": "out", "arms": 11}
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    arms = [row["arm"] for row in results["rows"]]
+    assert arms[:4] == ["host", "donor 0: tiny-phi3-mini", "weighted", "attention"]
+    assert arms[4:7] == ["mixture of outputs", "linear of outputs", "geometric of outputs"]
+    assert arms[7:10] == ["attention, zero", "attention, shuffle", "attention, random-donor"]
+    assert arms[10].startswith("lora, rank ")
+    by_arm = {row["arm"]: row for row in results["rows"]}
+    host, zero = by_arm["host"], by_arm["attention, zero"]
+    assert host["bits_per_byte"]["prose"] == host["bits_per_byte"]["more"]
+    assert zero["bits_per_byte"] == pytest.approx(host["bits_per_byte"], abs=1e-3)  # attention to nothing adds nothing
+    assert by_arm["attention"]["bits_per_byte"]["prose"] != pytest.approx(host["bits_per_byte"]["prose"], abs=1e-6)
+    assert abs(by_arm["attention"]["trained"] - by_arm[arms[10]]["trained"]) < 0.5 * by_arm["attention"]["trained"]
+    assert len(results["claims"]) == 2
+    assert (tmp_path / "out" / "differences.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "differences.csv").read_text().startswith("domain,arm,difference")
+    assert "| attention, shuffle |" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_fused_folder_is_evaluated_like_any_other(run, tmp_path, tiny_cache):
+    config = CONFIG[: CONFIG.index("bench:")].replace("sites", "mode: concat, sites")
+    (tmp_path / "fuse.yaml").write_text(config)
+    run("fuse", "--config", "fuse.yaml", "--out", "fused", "--no-training")
+    scores = []
+    for name, model in (("fused", "fused"), ("host", str(tiny_source("llama3.2-1b", tiny_cache).folder))):
+        run("eval", "--model", model, "--tasks", "arithmetic_x_plus_y", "--limit", 5, "--out", f"{name}.json", "--samples")
+        samples = [json.loads(line) for line in (tmp_path / f"{name}.samples.jsonl").read_text().splitlines()]
+        scores.append([float(answer[0]) for sample in samples for answer in sample["filtered_resps"]])
+    assert scores[0] == pytest.approx(scores[1], abs=0.3)  # bf16, and other batches
+    refused = run("merge", "--model", "fused", "--method", "drop-last", "--layers", 2, "--out", "less", status=1)
+    assert (
+        "is a fused model, whose fusers were made for its host as it is; fuse the host's layers first: 'alphas'"
+        in refused.stderr
+    )
