@@ -61,7 +61,7 @@ def load_model(checkpoint: Checkpoint, device: str = "auto", dtype: str = "auto"
     )
     log.info("%s in %s on %s (%s)", checkpoint.folder, placement.dtype, placement.device, placement.reason)
     loading: dict[str, Any] = {"dtype": torch_dtype(placement.dtype), "device_map": placement.device_map}
-    if checkpoint.model_type == FUSED:
+    if checkpoint.config.get("model_type") == FUSED:
         register()
     if checkpoint.config.get("attn_logit_softcapping"):
         loading["attn_implementation"] = "eager"  # the fused attention kernels leave soft-capping out

@@ -10,9 +10,9 @@ from _cli import CONFIGS, parser, run
 from _scoring import counter
 
 EXAMPLES = """\
-  python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --out runs/bench-tiny      random twins, some minutes
-  python scripts/bench_fusion.py --config configs/fusion/bench-smollm2.yaml --out runs/bench-fusion
-  python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --updates 5                a quick look"""
+  python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --out runs/bench-tiny   random twins, some minutes
+  python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --updates 5             a quick look
+  python scripts/bench_fusion.py --config MINE.yaml --dtype bfloat16 --device cuda               your models and texts"""
 
 
 def options() -> argparse.ArgumentParser:
