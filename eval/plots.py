@@ -215,6 +215,7 @@ def differences(path: Path, rows: Sequence[Any], bench: Any) -> None:
         ax.axvline(0.0, color=GREY, linewidth=1)
         ax.set(title=domain, xlabel="bits per byte less the host's (left is better)", yticks=range(len(arms)))
         ax.set_yticklabels(arms if ax is found[0] else [])
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.invert_yaxis()
     figure.suptitle("Arms (circles) and controls (squares); bars: 95 % intervals over documents", fontsize=10)
     save(figure, path, ("domain", "arm", "difference", "low", "high"), data)
