@@ -9,8 +9,8 @@ between vocabularies. The code that loads it is copied beside it.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from .errors import FusionError
 from .fusers import Fuser
 from .mixers import Mixer
 from .modeling_fusion import FusionForCausalLM, make_fusers
-from .recipe import TAPS, Recipe, layer_numbers, recipe_dict
+from .recipe import Recipe, layer_numbers
 from .vocabulary import Bridge, bridge, same_vocabulary, vocabulary_map
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Parts:
             {"spec": s.spec, "model": s.model, "revision": s.revision, "header_sha256": header_hashes(b.checkpoint)}
             for s, b in zip(self.sources, self.blueprints, strict=True)
         ]
-        found: dict[str, Any] = json.loads(json.dumps({"recipe": recipe_dict(self.recipe), "sources": sources}))
+        found: dict[str, Any] = json.loads(json.dumps({"recipe": asdict(self.recipe), "sources": sources}))
         return found
 
     @property
@@ -120,7 +120,7 @@ def make_parts(recipe: Recipe, sources: Sequence[Source], *, dtype: str = "auto"
             raise FusionError(
                 f"{donor.model}: 'taps' do not apply to mode {fusion['mode']!r}, which reads its output; leave them out"
             )
-        given = (layers,) if outputs else donor.taps or TAPS
+        given = (layers,) if outputs else donor.taps or budget.TAPS
         taps.append(tuple(layer_numbers(f"{donor.model}: tap", given, layers)))
         plans.append(Plan(tuple(unit_row(layer) for layer in range(taps[-1][-1])), layers, name="donor", method="drop"))
     blueprints = tuple(make_blueprint(plan, c, dtype=dtype) for plan, c in zip(plans, checkpoints, strict=True))
@@ -171,11 +171,12 @@ def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
     sizes = [blueprint.checkpoint.config["vocab_size"] for blueprint in parts.blueprints]
     found: dict[str, torch.Tensor] = {}
     back: Bridge | None
+    host: ByteTable | None = None  # made once, if any donor needs it
     for number, (tokenizer, size) in enumerate(zip(tokenizers[1:], sizes[1:], strict=True)):
         if _same(tokenizers[0], tokenizer):
             one, back = same_vocabulary(sizes[0], size)
         else:
-            host, own = ByteTable.from_tokenizer(tokenizers[0], sizes[0]), ByteTable.from_tokenizer(tokenizer, size)
+            host, own = host or ByteTable.from_tokenizer(tokenizers[0], sizes[0]), ByteTable.from_tokenizer(tokenizer, size)
             encode = text_encoder(tokenizer, own)
             one, back = vocabulary_map(host, own, encode), None
             if parts.fuses_outputs:
@@ -233,7 +234,7 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
         weight_map |= {out.name: shard.file for shard in renamed.shards for out in shard.outputs}
         if header_hashes(parts.sources[number].checkpoint()) != header_hashes(blueprint.checkpoint):
             raise CheckpointError(f"{blueprint.checkpoint.folder} was changed while it was read; run again")
-    new = fuser_tensors(dict(enumerate(new_fusers(config, parts.recipe.training.seed if parts.recipe.training else 0))))
+    new = fuser_tensors(new_fusers(config, parts.recipe.training.seed if parts.recipe.training else 0))
     new |= tables
     save_file(new, folder / FUSERS_FILE, {"format": "pt"})
     weight_map |= dict.fromkeys(new, FUSERS_FILE)
@@ -251,11 +252,11 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
     (folder / "README.md").write_text(card(parts, command), encoding="utf-8")
 
 
-def fuser_tensors(fusers: Mapping[int, Fuser | Mixer]) -> dict[str, torch.Tensor]:
+def fuser_tensors(fusers: Sequence[Fuser | Mixer]) -> dict[str, torch.Tensor]:
     """The tensors of fusers by their names in the model."""
     return {
         f"fusers.{number}.{name}": value.detach().contiguous()
-        for number, fuser in fusers.items()
+        for number, fuser in enumerate(fusers)
         for name, value in fuser.state_dict().items()
     }
 

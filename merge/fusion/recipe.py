@@ -9,22 +9,20 @@ Taps and sites are layers that have been run: whole numbers, or with a decimal p
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..records import Fields, read_yaml
+from .budget import BUDGET
 from .configuration_fusion import DEFAULTS
 from .errors import FusionError
-
-BUDGET = 8_000_000_000  # parameters, of which there must be fewer
-TAPS = (0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A source model; `alphas` of the host; `taps` of donors, by default TAPS, or their last layer where outputs are mixed."""
+    """A source; `alphas` of the host; `taps` of donors, by default budget.TAPS, or the last layer where outputs are mixed."""
 
     model: str
     revision: str | None = None
@@ -146,10 +144,3 @@ def layer_numbers(what: str, given: Sequence[Any], layers: int) -> list[int]:
     if len(set(found)) < len(found):
         raise FusionError(f"{what}s {list(given)} of {layers} layers name one layer twice")
     return sorted(found)
-
-
-def recipe_dict(recipe: Recipe) -> Mapping[str, Any]:
-    """The recipe as plain data, for records and comparisons."""
-    from dataclasses import asdict
-
-    return asdict(recipe)
