@@ -156,7 +156,7 @@ class Arms:
     def fused(self, mode: str, seed: int, control: str | None = None, progress: Callable[[int], None] = lambda n: None) -> Row:
         """A mode, or a control of it, trained and measured."""
         with self._model(mode, seed, control == "random-donor") as model:
-            store = self._store(model, "random" if control == "random-donor" else "real")
+            store = self._store(model, f"random, seed {seed}" if control == "random-donor" else "real")
             if control in ("zero", "shuffle"):
                 store = store.zeroed() if control == "zero" else store.shuffled()
             with from_entry(model, store) as begin:
@@ -235,7 +235,6 @@ class Arms:
         model = FusionForCausalLM(config, parts.host, donors)
         for name, value in self.model.named_buffers(recurse=False):
             getattr(model, name).copy_(value)
-        model.fusers = torch.nn.ModuleList(model.fusers)
         for own, new in zip(model.fusers, new_fusers(config, seed), strict=True):
             own.load_state_dict(new.state_dict())
         try:
@@ -337,7 +336,7 @@ def table(rows: Sequence[Row], bench: Bench) -> str:
 def record(rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
     """Everything as plain data."""
     return {
-        "bench": {**asdict(bench)},
+        "bench": asdict(bench),
         "rows": [
             {
                 "arm": row.arm, "seed": row.seed, "parameters": row.parameters, "trained": row.trained,

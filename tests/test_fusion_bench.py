@@ -15,9 +15,12 @@ from transformers import AutoTokenizer
 
 from eval.bits import Bits, cut, difference, measure
 from eval.errors import DataError, EvalError
-from eval.fusion_bench import Bench, Row, claims, pooled, read_bench, table
+from eval.fusion_bench import Arms, Bench, Row, claims, pooled, read_bench, table
 from eval.lora import LoraHost
+from merge.fusion.assemble import make_parts
 from merge.fusion.features import compute, from_entry, run_host
+from merge.fusion.make import assemble
+from merge.fusion.recipe import recipe_from
 
 TEXT = "".join(f"Line {i} of a text that says {i * i} and then some more.\n" for i in range(60))
 CONFIG = """\
@@ -182,6 +185,20 @@ def run(tmp_path, tiny_cache):
         return done
 
     return call
+
+
+def test_every_seed_has_random_donors_of_its_own(tmp_path, tiny_cache, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "bench.yaml").write_text(CONFIG)
+    bench, content = read_bench(tmp_path / "bench.yaml")
+    parts = make_parts(recipe_from(content, "bench"), [tiny_source(name, tiny_cache) for name in ("llama3.2-1b", "phi3-mini")])
+    assemble(parts, tmp_path / "assembled")
+    arms = Arms(parts, tmp_path / "assembled", bench, "cpu")
+    for seed in (0, 1):
+        arms.fused("attention", seed, "random-donor")
+    one, two = arms.stores.values()
+    assert not torch.equal(one.aligned[0], two.aligned[0])
 
 
 def test_the_whole_comparison(run, tmp_path):
