@@ -24,6 +24,7 @@ from merge.fusion.errors import FusionError
 from merge.fusion.make import fuse, load_fused
 from merge.fusion.recipe import Backbone, Recipe, Training, layer_numbers, read_recipe, recipe_from
 from merge.fusion.text import read_documents, split_blocks, token_blocks
+from merge.fusion.streams import ALIGNMENTS
 from merge.fusion.train import held_out_loss, learning_rate
 from merge.source import resolve
 
@@ -97,8 +98,13 @@ def test_a_host_whose_layers_are_fused_on_the_way_is_the_merged_model(tmp_path, 
         assert torch.equal(load(tmp_path / "out")(ids).logits, load(tmp_path / "merged")(ids).logits)
 
 
-def test_donors_read_the_hosts_bytes(tmp_path, tiny_cache):
-    fuse(parts_of(recipe_of(), tiny_cache), tmp_path / "out")
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_donors_read_the_hosts_bytes(tmp_path, tiny_cache, alignment):
+    recipe = recipe_of()
+    recipe = replace(recipe, donors=(replace(recipe.donors[0], alignment=alignment), recipe.donors[1]))
+    fuse(parts_of(recipe, tiny_cache), tmp_path / "out")
+    assert (tmp_path / "out" / "donor-0").is_dir() == (alignment == "prefix")
+    assert not (tmp_path / "out" / "donor-1").exists()
     model = load(tmp_path / "out")
     ids = torch.tensor([[256, *TEXT.encode()[:30]]])
     with torch.no_grad():

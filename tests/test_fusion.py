@@ -1,7 +1,13 @@
-"""The fused model: its host before training, causal, in pieces as at once, and to transformers a model like any other."""
+"""Every fused model: its host before training, causal, in pieces as at once, and to transformers a model like any other.
 
+What holds for all modes and all alignments of tokens is asked of all; test_mixture.py has what only mixed outputs have.
+"""
+
+import copy
+import itertools
 import json
 import os
+import pickle
 import subprocess
 import sys
 
@@ -17,31 +23,36 @@ from merge.fusion.budget import fuser_parameters
 from merge.fusion.errors import FusionError
 from merge.fusion.fusers import MODES as FUSERS
 from merge.fusion.fusers import NORMS, Features, TapMemory
-from merge.fusion.streams import FusionCache, expand
+from merge.fusion.streams import ALIGNMENTS, FusionCache, expand
 
 GENERATION = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module", params=[*itertools.product(MODES, ALIGNMENTS)], ids="-".join)
 def model(request):
-    """A model with fusers that do something, of every mode."""
-    return fused(request.param)
+    """A model with fusers that do something, of every kind."""
+    mode, alignment = request.param
+    return fused(mode, alignment=alignment)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_untrained_it_is_its_host(mode, dtype):
+def test_without_training_or_weight_it_is_its_host(mode, dtype):
     for number, host in enumerate(FAMILIES):
         others = [name for name in FAMILIES if name != host]
-        settings = {"norm": NORMS[number % 3], "dropout": 0.5 * (number % 2)}
-        model = fused(mode, host, others, trained=False, dtype=dtype, **settings)
-        model.train(bool(number % 2))
+        settings = {"norm": NORMS[number % 3], "dropout": 0.5 * (number % 2)} if mode in FUSERS else {"weight": 0.0}
+        settings = {} if mode == "mixture" else settings
+        alignment = list(ALIGNMENTS)[number % 2]
+        model = fused(mode, host, others, trained=False, dtype=dtype, alignment=alignment, **settings)
+        model.train(bool(number // 2))
         ids = some_ids()
         with torch.no_grad():
-            assert torch.equal(model(ids, use_cache=False).logits, model.host(ids, use_cache=False).logits)
+            found, expected = (one(ids, labels=ids, use_cache=False) for one in (model, model.host))
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.loss, expected.loss)
 
 
-def test_trained_fusers_do_something(model):
+def test_fusion_does_something(model):
     with torch.no_grad():
         ids = some_ids()
         assert (model(ids).logits - model.host(ids).logits).abs().max() > 0.01
@@ -53,7 +64,9 @@ def test_nothing_of_the_future_is_seen(model):
     with torch.no_grad():
         one, two = (model(x, use_cache=False).logits for x in (ids, changed))
     difference = (one[:, :9] - two[:, :9]).abs().max()
-    assert difference <= (2e-6 if model.config.fusion["mode"] == "cross" else 0.0)  # cross: other sizes, other order of sums
+    donor = model.config.donors[0]
+    sums = model.config.fusion["mode"] == "cross" or donor["alignment"] == "prefix"  # other sizes, other order of sums
+    assert difference <= (2e-6 if sums else 0.0)
     assert (one[:, 9:] - two[:, 9:]).abs().max() > 0.1
 
 
@@ -112,15 +125,22 @@ def test_several_samples_of_one_prompt_share_a_cache(model):
 def test_saved_and_loaded_it_is_the_same(model, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    ids = some_ids()
+    ids, copied = some_ids(), pickle.loads(pickle.dumps(copy.deepcopy(model)))
     with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, model(ids).logits)
+        for one in (loaded, copied):
+            assert torch.equal(one(ids).logits, model(ids).logits)
     assert loaded.config.fusion == model.config.fusion
+    for name in ("taps", "alignment", "map_size"):
+        assert [one[name] for one in loaded.config.donors] == [one[name] for one in model.config.donors]
     for one in (model, loaded):
-        assert {name.partition(".")[0] for name, value in one.named_parameters() if value.requires_grad} == {"fusers"}
+        trained = {name for name, value in one.named_parameters() if value.requires_grad}
+        assert trained == set(one.fuser_parameters())
 
 
 def test_only_fusers_get_gradients(model):
+    if not model.fuser_parameters():
+        assert not any(value.requires_grad for value in model.parameters())
+        return
     model(some_ids(), labels=some_ids(), use_cache=False).loss.backward()
     for name, value in model.named_parameters():
         assert (value.grad is not None) == name.startswith("fusers."), name
@@ -173,7 +193,7 @@ def test_features_are_the_donors_states_at_the_last_token_that_ended():
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", FUSERS)
 def test_fusers_have_the_parameters_that_the_budget_counts(mode, norm):
     fuser = FUSERS[mode](1, 24, [8, 12, 20], 16, 4, norm, 0.0)
     assert sum(value.numel() for value in fuser.parameters()) == fuser_parameters(mode, 24, [8, 12, 20], 16, 4, norm)
@@ -208,8 +228,9 @@ def test_attention_over_taps_and_tokens_is_the_formula():
             torch.testing.assert_close(fuser(h, features)[0, 0], fuser.out(mixed), rtol=1e-5, atol=1e-5)
 
 
-def test_controls_take_the_donors_words_away():
-    model, ids = fused("cross"), some_ids()
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+def test_controls_take_the_donors_words_away(alignment):
+    model, ids = fused("cross", alignment=alignment), some_ids()
     with torch.no_grad():
         plain, aligned = model(ids).logits, model.features(ids).aligned
         model.control = "shuffle"
@@ -236,13 +257,14 @@ def test_controls_take_the_donors_words_away():
         ({"fusion": {"rank": 6, "heads": 4}}, "4 heads do not divide a rank of 6"),
         ({"fusion": {"dropout": 1.0}}, "dropout is 1.0; expected"),
         ({"fusion": {"ranks": 4}}, "fusion has no 'ranks'"),
+        ({"alignment": "text"}, "donor 0: there is no alignment 'text'; there are map, prefix"),
         ({"taps": [4]}, "donor 0: tap 4 is outside the model; expected 1 to 3"),
         ({"taps": [2]}, "donor 0 has 3 layers, but none above its last tap 2 is of use"),
     ],
 )
 def test_what_cannot_be_is_refused(change, said):
     config = fused().config
-    donor = config.donors[0] | ({"taps": change["taps"]} if "taps" in change else {})
+    donor = config.donors[0] | {name: change[name] for name in ("taps", "alignment") if name in change}
     with pytest.raises(FusionError, match=said):
         FusionConfig(text_config=config.text_config, donors=[donor], fusion=change.get("fusion", {}))
 
@@ -261,8 +283,9 @@ def test_what_cannot_be_run_is_refused():
         model.generate(ids, cache_implementation="static", **GENERATION)
 
 
-def test_a_saved_folder_loads_without_this_package(tmp_path):
-    model, ids = fused(), some_ids(1, 5)
+@pytest.mark.parametrize(("mode", "alignment"), [("attention", "map"), ("mixture", "prefix")])
+def test_a_saved_folder_loads_without_this_package(tmp_path, mode, alignment):
+    model, ids = fused(mode, alignment=alignment), some_ids(1, 5)
     model.save_pretrained(tmp_path / "saved")
     with torch.no_grad():
         expected = model(ids).logits[0, -1, :3].tolist()

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fused import MODES, fused, some_ids
+from fused import fused, some_ids
 from tiny import ROOT, load, tiny_source
 from transformers import AutoTokenizer
 
@@ -19,8 +19,10 @@ from eval.fusion_bench import Arms, Bench, Row, claims, pooled, read_bench, tabl
 from eval.lora import LoraHost
 from merge.fusion.assemble import make_parts
 from merge.fusion.features import compute, from_entry, run_host
+from merge.fusion.fusers import MODES as FUSERS
 from merge.fusion.make import assemble
 from merge.fusion.recipe import recipe_from
+from merge.fusion.streams import ALIGNMENTS
 
 TEXT = "".join(f"Line {i} of a text that says {i * i} and then some more.\n" for i in range(60))
 CONFIG = """\
@@ -73,9 +75,10 @@ def test_the_difference_is_of_sums_with_an_error_over_documents():
     assert found.stderr == pytest.approx(np.std(again), rel=0.2)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_from_stored_states_logits_are_the_same(mode):
-    model, blocks = fused(mode, "gemma2-2b", ("llama3-8b", "phi3-mini")), some_ids(5, 11)
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("mode", FUSERS)
+def test_from_stored_states_logits_are_the_same(mode, alignment):
+    model, blocks = fused(mode, "gemma2-2b", ("llama3-8b", "phi3-mini"), alignment=alignment), some_ids(5, 11)
     store = compute(model, blocks, 2, tokens=mode == "cross")
     rows = [3, 0]
     with torch.no_grad():

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from fused import FAMILIES, small_config
+from fused import FAMILIES, HOST_TOKENIZER, fused, small_config, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_byte_tables import ANY_TEXT, named
@@ -419,12 +419,12 @@ def read_nodes(donor, nodes, cache=None):
         ).last_hidden_state
 
 
-def from_scratch(donor, several):
-    """The states [., D] after sequences of tokens that the donor reads by themselves; zero where there is none."""
+def from_scratch(donor, several, layer=-1):
+    """The states [., D], at that number of layers, after sequences of tokens that the donor reads by themselves; zero where there is none."""
     width = max(map(len, several))
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in several])
     with torch.no_grad():
-        states = donor(ids, use_cache=False).last_hidden_state  # causal: padding behind the tokens is not seen
+        states = donor(ids, use_cache=False, output_hidden_states=True).hidden_states[layer]  # causal: padding behind the tokens is not seen
     states = torch.cat([torch.zeros_like(states[:, :1]), states], 1)
     return states[torch.arange(len(several)), torch.tensor([len(tokens) for tokens in several])]
 
@@ -462,6 +462,23 @@ def test_with_a_cache_whose_rows_change_places(family):
         ids = torch.cat([ids[order, : at + size], ids[:, at + size :]], 1)  # beams read what others did not
         rows = [rows[index].copy() for index in order.tolist()]
         cache.reorder_cache(order)
+
+
+def test_a_models_donor_says_what_it_says_of_every_prefix():
+    model = fused(donors=["gemma2-2b"], alignment="prefix")
+    ids, mask = batch_of(HOST_TOKENIZER)
+    model.give_tokenizers(small(HOST_TOKENIZER), {0: small("llama2")})
+    aligned = model.features(ids, mask).aligned
+    prefixes = [canonical(HOST_TOKENIZER, "llama2", read) for end in range(1, 41) for read in read_by(ids[:, :end], mask)]
+    expected = from_scratch(model.donors[0], prefixes, layer=1)
+    torch.testing.assert_close(aligned[0].transpose(0, 1).flatten(0, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_a_model_without_its_tokenizers_says_so():
+    model = fused(donors=["gemma2-2b"], alignment="prefix")
+    model._tokenizers, model._rules = None, {}
+    with pytest.raises(FusionError, match=r"donor 0 reads its own tokens .* has no tokenizer; load the model with from_pretrained"):
+        model(some_ids())
 
 
 def test_without_padding_and_deaths_causality_is_enough():

@@ -34,7 +34,7 @@ from .configuration_fusion import MODES, FusionConfig, with_defaults
 from .errors import FusionError
 from .fusers import Fuser
 from .mixers import Mixer
-from .modeling_fusion import FusionForCausalLM, make_fusers
+from .modeling_fusion import DONOR_FOLDER, FusionForCausalLM, make_fusers
 from .recipe import Recipe, layer_numbers
 from .vocabulary import Bridge, bridge, same_vocabulary, vocabulary_map
 
@@ -42,7 +42,10 @@ log = logging.getLogger(__name__)
 
 RECORD_FILE = "fusion.json"
 FUSERS_FILE = "model-fusers.safetensors"
-CODE = ("configuration_fusion.py", "modeling_fusion.py", "fusers.py", "mixers.py", "streams.py", "errors.py")
+CODE = (
+    *("configuration_fusion.py", "modeling_fusion.py", "fusers.py", "mixers.py", "streams.py", "prefix.py", "byte_tables.py"),
+    *("vocabulary.py", "errors.py"),
+)
 
 
 @dataclass(frozen=True)
@@ -142,13 +145,13 @@ def _host_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
 
 
 def fused_config(parts: Parts, map_sizes: Sequence[int]) -> FusionConfig:
-    """The config of the result."""
+    """The config of the result; a map of size 0: the donor reads its own tokens."""
     host, *donors = (one.cut.config for one in parts.blueprints)
     config = FusionConfig(
         text_config={key: value for key, value in host.items() if key != "auto_map"},
         donors=[
-            {"config": config, "taps": list(taps), "map_size": size}
-            for config, taps, size in zip(donors, parts.taps, map_sizes, strict=True)
+            {"config": config, "taps": list(taps), "alignment": donor.alignment, "map_size": size}
+            for config, taps, donor, size in zip(donors, parts.taps, parts.recipe.donors, map_sizes, strict=True)
         ],
         fusion=parts.fusion,
         dtype=host.get("dtype") or host.get("torch_dtype"),
@@ -162,7 +165,8 @@ def fused_config(parts: Parts, map_sizes: Sequence[int]) -> FusionConfig:
 
 
 def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
-    """The maps from the host's vocabulary to every donor's, and the bridges back that outputs need, by names in the model.
+    """The maps from the host's vocabulary to those of the donors that read through one, and the bridges back that outputs need,
+    by names in the model.
 
     Raises:
         FusionError: a tokenizer is missing, or differs from the host's and has no byte semantics.
@@ -173,7 +177,8 @@ def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
     back: Bridge | None
     host: ByteTable | None = None  # made once, if any donor needs it
     for number, (tokenizer, size) in enumerate(zip(tokenizers[1:], sizes[1:], strict=True)):
-        if _same(tokenizers[0], tokenizer):
+        alignment = parts.recipe.donors[number].alignment
+        if alignment == "map" and _same(tokenizers[0], tokenizer):
             one, back = same_vocabulary(sizes[0], size)
         else:
             host, own = host or ByteTable.from_tokenizer(tokenizers[0], sizes[0]), ByteTable.from_tokenizer(tokenizer, size)
@@ -184,7 +189,8 @@ def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
         if one.inexact:
             donor = parts.sources[1 + number].name
             log.warning("%s has no token for some bytes of %d host tokens and does not see them", donor, len(one.inexact))
-        found |= {f"offsets_{number}": one.offsets, f"tokens_{number}": one.tokens}
+        if alignment == "map":
+            found |= {f"offsets_{number}": one.offsets, f"tokens_{number}": one.tokens}
         if back is not None and parts.fuses_outputs:
             found |= {f"begins_{number}": back.begins, f"lands_{number}": back.lands}
     return found
@@ -225,7 +231,7 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
         FusionError, CheckpointError, OSError: a tokenizer, a source that changed, a failing write.
     """
     tables = vocabulary_tables(parts)
-    config = fused_config(parts, [len(tables[f"tokens_{number}"]) for number in range(len(parts.taps))])
+    config = fused_config(parts, [len(tables.get(f"tokens_{number}", ())) for number in range(len(parts.taps))])
     advance = progress(parts.bytes_to_write)
     weight_map: dict[str, str] = {}
     for number, blueprint in enumerate(parts.blueprints):
@@ -247,6 +253,9 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
     host = parts.blueprints[0].checkpoint
     for path in side_files(host.folder, {}):
         shutil.copyfile(path, folder / path.name)
+    for number, donor in enumerate(parts.recipe.donors):
+        if donor.alignment == "prefix":
+            read_tokenizer(parts.sources[1 + number]).save_pretrained(folder / DONOR_FOLDER.format(number))
     record = {"schema_version": SCHEMA_VERSION, **parts.identity, "parameters": parts.combination.parameters}
     write_json(folder / RECORD_FILE, record | {"command": command, "versions": versions()})
     (folder / "README.md").write_text(card(parts, command), encoding="utf-8")

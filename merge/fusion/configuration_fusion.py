@@ -2,7 +2,8 @@
 
     layer numbers   how many layers have been run: a tap or site of 12 is the state after the twelfth layer, before the next one
                     and, after the last, before the final norm
-    donors          [{"config": its config, cut after the last tap, "taps": [...], "map_size": entries of its vocabulary map}]
+    donors          [{"config": its config, cut after the last tap, "taps": [...], "alignment": "map" or "prefix" (streams.py),
+                    "map_size": entries of its vocabulary map, 0 where there is none}]
     fusion          {"mode"} and what the mode has of "sites", "rank", "heads", "norm", "dropout" (fusers.py), "weight"
                     (mixers.py). Modes of mixers read a donor's output, so that its one tap is behind its last layer
 
@@ -20,6 +21,7 @@ from .fusers import MODES as FUSERS
 from .fusers import NORMS, Fuser
 from .mixers import MODES as MIXERS
 from .mixers import Mixer
+from .streams import ALIGNMENTS
 
 MODES: dict[str, type[Fuser] | type[Mixer]] = {**FUSERS, **MIXERS}
 DEFAULTS: dict[str, Any] = {
@@ -50,11 +52,13 @@ class FusionConfig(PreTrainedConfig):
         if text_config is None:
             raise FusionError("a fused model needs the config of its host (text_config), found none")
         self.text_config = AutoConfig.for_model(**text_config) if isinstance(text_config, Mapping) else text_config
-        self.donors = [dict(donor) for donor in donors]
+        self.donors = [{"alignment": "map", **donor} for donor in donors]
         self.fusion = _checked(fusion or {}, self.text_config.num_hidden_layers)
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         for number, donor in enumerate(self.donors):
-            depth = donor["config"]["num_hidden_layers"]
+            depth, alignment = donor["config"]["num_hidden_layers"], donor["alignment"]
+            if alignment not in ALIGNMENTS:
+                raise FusionError(f"donor {number}: there is no alignment {alignment!r}; there are {', '.join(ALIGNMENTS)}")
             _check_layers(f"donor {number}: tap", donor["taps"], depth)
             if depth != max(donor["taps"]):
                 raise FusionError(

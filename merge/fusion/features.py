@@ -78,14 +78,14 @@ def compute(model: FusionForCausalLM, blocks: torch.Tensor, batch: int, *, token
 def _joined(several: list[TapMemory]) -> TapMemory:
     longest = max(one.new.shape[1] for one in several)
 
-    def padded(x: torch.Tensor) -> torch.Tensor:
-        rest = x.new_zeros(x.shape[0], longest - x.shape[1], *x.shape[2:])
-        return torch.cat([x, rest], 1).cpu()
+    def padded(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        rest = x.new_zeros(*x.shape[:dim], longest - x.shape[dim], *x.shape[dim + 1 :])
+        return torch.cat([x, rest], dim).cpu()
 
     return TapMemory(
         torch.cat([padded(one.new) for one in several]),
         torch.cat([padded(one.positions) for one in several]),
-        torch.cat([padded(one.valid) for one in several]),
+        torch.cat([padded(one.valid, -1 % one.valid.ndim) for one in several]),
         torch.cat([one.at.cpu() for one in several]),
     )
 

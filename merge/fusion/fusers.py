@@ -31,7 +31,8 @@ class TapMemory:
     """Donor tokens at one tap, for `cross`; S of them so far, N new.
 
     new          [B, N, D_k] states
-    positions    [B, S] number of the token in its row, from 0; `valid` [B, S]: it is a token, not padding
+    positions    [B, S] number of the token in its row, from 0
+    valid        [B, S]: it is a token, not padding; or [B, T, S] where that is not the same at every host position
     at           [B, T] number of the last token that a host position may see, -1: none
     keys_values  site -> (keys, values) [B, S - N, r] of the tokens before; None where nothing is cached
     """
@@ -233,7 +234,8 @@ class Cross(Fuser):
             keys.append(k)
             values.append(v)
             distance = (memory.at[:, :, None] - memory.positions[:, None]).to(q.device)
-            seen = (distance >= 0) & memory.valid[:, None].to(q.device)
+            valid = memory.valid if memory.valid.ndim == 3 else memory.valid[:, None]
+            seen = (distance >= 0) & valid.to(q.device)
             near = -self.slopes[:, None, None] * distance[:, None].to(q.dtype)
             bias.append(near.masked_fill(~seen[:, None], float("-inf")))
         k, v = self.heads_of(torch.cat(keys, 1)), self.heads_of(torch.cat(values, 1))

@@ -204,6 +204,11 @@ def _publish(parts: Parts, assembled: Path, out: Path, trained: Trained | None, 
 
 
 def _link(source: Path, target: Path) -> None:
+    if source.is_dir():
+        target.mkdir()
+        for path in sorted(source.iterdir()):
+            _link(path, target / path.name)
+        return
     try:
         os.link(source, target)
     except OSError:  # a file system without links

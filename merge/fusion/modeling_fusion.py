@@ -12,21 +12,34 @@ or, in the modes of `mixers`, the donors run to their ends and their distributio
 generate() with caches, beams and left padding, and lm-eval work as for the host alone. Only fusers and mixers are trainable.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from .byte_tables import ByteTable
 from .configuration_fusion import FusionConfig
 from .errors import FusionError
 from .fusers import MODES as FUSERS
 from .fusers import Features, Fuser
 from .mixers import MODES as MIXERS
 from .mixers import Mixer, log_ratio
-from .streams import FusionCache, Stream, check_cache, expand
+from .prefix import Retokenizer
+from .streams import ALIGNMENTS, FusionCache, check_cache
+
+DONOR_FOLDER = "donor-{}"  # where the tokenizers of donors are that need one
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # options of loading that tokenizers have too
 
 
 class FusionForCausalLM(PreTrainedModel, GenerationMixin):
@@ -72,11 +85,15 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             if one.tie_word_embeddings
         }
         for number, donor in enumerate(config.donors):
-            sizes = {"offsets": config.text_config.vocab_size + 1, "tokens": donor["map_size"]}
+            sizes = {}
+            if donor["alignment"] == "map":
+                sizes = {"offsets": config.text_config.vocab_size + 1, "tokens": donor["map_size"]}
             if config.fuses_outputs:
                 sizes |= {"begins": config.text_config.vocab_size, "lands": heads[number].vocab_size}
             for name, size in sizes.items():
                 self.register_buffer(f"{name}_{number}", torch.zeros(size, dtype=torch.int32))
+        self._tokenizers: tuple[Any, dict[int, Any]] | None = None
+        self._rules: dict[int, Retokenizer] = {}
         self.control: str | None = None
         self._features: Features | None = None
         self._states: dict[tuple[int, int], torch.Tensor] = {}
@@ -89,8 +106,59 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As of any model of transformers; then all but the fusers is frozen again, which loading undoes."""
         found = super().from_pretrained(*args, **kwargs)
-        (found[0] if isinstance(found, tuple) else found).freeze()
+        model = found[0] if isinstance(found, tuple) else found
+        model.freeze()
+        if model.prefixed:
+            name = args[0] if args else kwargs["pretrained_model_name_or_path"]
+            read = partial(AutoTokenizer.from_pretrained, name, **{key: kwargs[key] for key in WHERE if key in kwargs})
+            host, donors = model.config.text_config, model.config.donor_configs()  # named, so that no config is asked what it runs
+            several = {one: read(subfolder=DONOR_FOLDER.format(one), config=donors[one]) for one in model.prefixed}
+            model.give_tokenizers(read(config=host), several)
         return found
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As of any model of transformers; with the tokenizers that it needs to run."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self._tokenizers is not None:
+            host, donors = self._tokenizers
+            host.save_pretrained(save_directory)
+            for number, one in donors.items():
+                one.save_pretrained(Path(save_directory) / DONOR_FOLDER.format(number))
+
+    @property
+    def prefixed(self) -> list[int]:
+        """The donors that read their own tokens of the text so far."""
+        return [number for number, donor in enumerate(self.config.donors) if donor["alignment"] == "prefix"]
+
+    def give_tokenizers(self, host: PreTrainedTokenizerBase, donors: Mapping[int, PreTrainedTokenizerBase]) -> None:
+        """The host's, and those of the donors with alignment "prefix"; `from_pretrained` does it.
+
+        Raises:
+            FusionError: one has no byte semantics, or more tokens than its model.
+        """
+        table = ByteTable.from_tokenizer(host, self.config.text_config.vocab_size)
+        for number in self.prefixed:
+            one = donors[number]
+            own = ByteTable.from_tokenizer(one, self.config.donors[number]["config"]["vocab_size"])
+            self._rules[number] = Retokenizer(table, own, one)
+        self._tokenizers = host, dict(donors)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of copies in other processes: what is made of tokenizers is made again there."""
+        return {**self.__dict__, "_rules": {}}
+
+    def _tables(self, number: int) -> Any:
+        """What a donor's stream reads with."""
+        if self.config.donors[number]["alignment"] == "map":
+            return getattr(self, f"offsets_{number}"), getattr(self, f"tokens_{number}")
+        if number not in self._rules:
+            if self._tokenizers is None:
+                raise FusionError(
+                    f"donor {number} reads its own tokens (alignment 'prefix') and has no tokenizer; load the model with "
+                    "from_pretrained, or call give_tokenizers"
+                )
+            self.give_tokenizers(*self._tokenizers)
+        return self._rules[number]
 
     def freeze(self) -> None:
         """Only the fusers are trained."""
@@ -141,19 +209,16 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         """What the donors say of host ids [B, T]; the mask may reach back to what is in the cache."""
         current = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         found = Features([], [])
-        streams = [Stream(None) for _ in self.donors] if cache is None else cache.streams
-        for number, (donor, stream) in enumerate(zip(self.donors, streams, strict=True)):
-            offsets, tokens = getattr(self, f"offsets_{number}"), getattr(self, f"tokens_{number}")
-            new = expand(input_ids.to(offsets.device), current.to(offsets.device), offsets, tokens)
-            inputs = stream.inputs(new, donor.config, donor.dtype)
-            taps = self.config.donors[number]["taps"]
-            if new.ids.shape[1]:
-                donor(**inputs)
+        for number, donor in enumerate(self.donors):
+            taps, alignment = (self.config.donors[number][name] for name in ("taps", "alignment"))
+            stream = ALIGNMENTS[alignment](None) if cache is None else cache.streams[number]
+            if stream.read(input_ids, current, self._tables(number)):
+                donor(**stream.inputs(donor.config, donor.dtype))
                 states = [self._states.pop((number, tap)) for tap in taps]
             else:  # nothing but control tokens
                 like = donor.embed_tokens.weight
                 states = [like.new_zeros(len(input_ids), 0, like.shape[1]) for _ in taps]
-            aligned, memories = stream.take(new, states)
+            aligned, memories = stream.take(states)
             found.aligned += aligned
             found.memories += memories
         return self.controlled(found)

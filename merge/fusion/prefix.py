@@ -103,6 +103,9 @@ class Retokenizer:
         self._encode = text_encoder(tokenizer, donor)
         self._remembered = lru_cache(REMEMBERED)(self._tokens)
 
+    def __deepcopy__(self, memo: Any) -> "Retokenizer":
+        return self  # what rows have in common does not change; caches, which hold it, are copied
+
     def tokens(self, part: str) -> tuple[int, ...]:
         """The donor's ids of a text, or of one byte that belongs to no character."""
         return self._remembered(part) if len(part) <= LONGEST_REMEMBERED else self._tokens(part)

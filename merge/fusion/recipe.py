@@ -18,16 +18,20 @@ from ..records import Fields, read_yaml
 from .budget import BUDGET
 from .configuration_fusion import DEFAULTS
 from .errors import FusionError
+from .streams import ALIGNMENTS
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A source; `alphas` of the host; `taps` of donors, by default budget.TAPS, or the last layer where outputs are mixed."""
+    """A source; `alphas` of the host; of donors `taps`, by default budget.TAPS, or the last layer where outputs are mixed, and
+    `alignment` of their tokens with the host's (streams.py).
+    """
 
     model: str
     revision: str | None = None
     alphas: str | None = None
     taps: tuple[float, ...] = ()
+    alignment: str = "map"
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,9 @@ def recipe_from(content: Any, where: str) -> Recipe:
     )  # fmt: skip
     found.check_version(version)
     first = _backbone(found, "host", host, alphas=(str, None))
-    others = tuple(_backbone(found, f"donor {i}", one, taps=(list, None)) for i, one in enumerate(donors or []))
+    others = tuple(
+        _backbone(found, f"donor {i}", one, taps=(list, None), alignment=(str, None)) for i, one in enumerate(donors or [])
+    )
     trained = _training(found, training) if training is not None else None
     found.done()
     if not others:
@@ -105,6 +111,8 @@ def _backbone(found: Fields, at: str, content: Any, **optional: Any) -> Backbone
     given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
     if "taps" in given:
         given["taps"] = tuple(given["taps"])
+    if given.get("alignment", "map") not in ALIGNMENTS:
+        found.problem(f"{at}: 'alignment' is {given['alignment']!r}, expected one of {', '.join(ALIGNMENTS)}")
     return Backbone(**({"model": ""} | given))
 
 
