@@ -40,6 +40,10 @@ def main() -> None:
     options.add_argument("--arms", default="concat,weighted,gate,attention,cross")
     options.add_argument("--outputs", default="mixture,linear,geometric")
     options.add_argument("--sites", default="0.75,1.0")
+    options.add_argument("--alignment", default="map", help="of the donors' tokens: map, prefix")
+    options.add_argument("--mmlu", metavar="DIR", help="a folder of MMLU's files; without it MMLU is not asked")
+    options.add_argument("--questions", type=int, default=2, help="of every subject")
+    options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--documents", type=int, default=24)
     options.add_argument("--repeats", type=int, default=5, help="pairs of timed runs")
     options.add_argument("--threads", type=int, default=0)
@@ -48,7 +52,7 @@ def main() -> None:
 
     import torch
 
-    from eval.fusion_bench import Arms, Bench, claims, record, table
+    from eval.fusion_bench import Arms, Bench, Mmlu, claims, record, table
     from eval.plots import differences
     from merge.fusion.assemble import make_parts
     from merge.fusion.make import assemble
@@ -76,43 +80,41 @@ def main() -> None:
     modes = tuple(arguments.arms.split(","))
     sites = [float(one) for one in arguments.sites.split(",")]
     recipe = Recipe(
-        Backbone(arguments.host), tuple(Backbone(str(one), taps=(0.5, 1.0)) for one in donors),
+        Backbone(arguments.host),
+        tuple(Backbone(str(one), taps=(0.5, 1.0), alignment=arguments.alignment) for one in donors),
         {"mode": modes[0], "sites": sites, "rank": 64, "heads": 4},
         training=Training((mixed(out, texts),), updates=max(1, arguments.updates), block=128, batch=4, learning_rate=2e-3),
     )  # fmt: skip
     parts = make_parts(recipe, [resolve(str(one.model)) for one in (recipe.host, *recipe.donors)], dtype="float32")
-    assemble(parts, out / "assembled")
+    assembled = out / f"assembled-{arguments.alignment}"
+    assemble(parts, assembled)
     bench = Bench(
         {name: (texts[name],) for name in ("prose", "code")},
         modes,
         outputs=tuple(name for name in arguments.outputs.split(",") if name),
         documents=arguments.documents,
         max_bytes=1000,
+        seeds=arguments.seeds,
+        mmlu=Mmlu(arguments.mmlu, shots=0, limit=arguments.questions) if arguments.mmlu else None,
     )
-    arms = Arms(parts, out / "assembled", bench, "cpu", "float32")
+    arms = Arms(parts, assembled, bench, "cpu", "float32")
     result: dict[str, Any] = {"threads": torch.get_num_threads(), **overhead(arms.model, arguments.repeats)}
     for key, value in result.items():
         print(f"{key:32} {value}", flush=True)
     if arguments.updates:
-        rows = [arms.host(), *(arms.donor(number) for number in range(len(donors)))]
-        print("\n".join(table(rows, bench).splitlines()), flush=True)
-        for mode in modes:
-            rows.append(arms.fused(mode, 0))
+        rows = []
+        for row in arms.rows():
+            rows.append(row)
             print(table(rows, bench).splitlines()[-1], flush=True)
-        for mode in bench.outputs:
-            rows.append(arms.output(mode, 0))
-            print(table(rows, bench).splitlines()[-1], flush=True)
-        for control in bench.controls:
-            trained = next(row.trained for row in rows if row.arm == "attention")
-            rows.append(arms.lora(trained, 0) if control == "lora" else arms.fused("attention", 0, control))
-            print(table(rows, bench).splitlines()[-1], flush=True)
-        (out / "results.json").write_text(json.dumps(record(rows, bench), indent=1) + "\n")
+            (out / "results.json").write_text(json.dumps(record(rows, bench), indent=1) + "\n")
         text = table(rows, bench) + "\n" + "".join(f"- {line}\n" for line in claims(rows, bench))
         (out / "table.md").write_text(text)
         differences(out / "differences.png", rows, bench)
         print(text)
         result["claims"] = claims(rows, bench)
-        result["bits_per_byte"] = {row.arm: {name: round(one.per_byte, 4) for name, one in row.bits.items()} for row in rows}
+        result["bits_per_byte"] = {
+            row.arm: {name: round(one.per_byte, 4) for name, one in row.measured.bits.items()} for row in rows
+        }
     print(json.dumps({**result, **machine(), "versions": versions()}))
 
 
@@ -190,14 +192,16 @@ def overhead(model: Any, repeats: int) -> dict[str, Any]:
     """Throughput of the fused model over that of its parts one after the other, on the same tokens."""
     import torch
 
-    from merge.fusion.streams import expand
-
     ids = torch.randint(0, 40_000, (4, 128), generator=torch.Generator().manual_seed(0))
     ids = ids.clamp(max=model.config.text_config.vocab_size - 1)
-    expanded = [
-        expand(ids, torch.ones_like(ids), getattr(model, f"offsets_{k}"), getattr(model, f"tokens_{k}")).ids
-        for k in range(len(model.donors))
+    expanded: list[Any] = []
+    hooks = [
+        donor.register_forward_pre_hook(lambda module, args, given: expanded.append(given["input_ids"]), with_kwargs=True)
+        for donor in model.donors
     ]
+    model.features(ids)
+    for hook in hooks:
+        hook.remove()
     prompt, steps = ids[:1, :32], 24
     lengths = [max(1, round(steps * x.shape[1] / ids.shape[1])) for x in expanded]
     how = {"do_sample": False, "max_new_tokens": steps, "min_new_tokens": steps, "pad_token_id": 0}

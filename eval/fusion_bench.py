@@ -3,20 +3,23 @@
     arms       modes of fusion: new fusers on the same backbones, the same blocks in the same order
     controls   of one mode: the donor's states zeroed; another row's; those of a donor with random weights; and low-rank
                adapters of about as many parameters on the host alone. What these gain, training gains, not the donor
-    measured   bits per byte of held-out documents by domain, document by document; tokens per second of scoring
+    measured   bits per byte of held-out documents by domain, document by document, and MMLU question by question; tokens per
+               second of scoring and of writing; peak memory
 
 A gain is claimed only where an arm is better than its host and than every control, each by an interval that excludes zero.
 """
 
 import logging
 import math
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
@@ -35,13 +38,29 @@ from merge.records import Fields, read_yaml
 
 from .bits import Bits, cut, difference, measure
 from .errors import EvalError
+from .lm import PrefixLM
 from .lora import LoraHost
+from .memory import PeakMemory, weight_bytes
+from .mmlu import Subject, read_mmlu
+from .run import ask
 from .stats import Mean
 
 log = logging.getLogger(__name__)
 
 CONTROLS = ("zero", "shuffle", "random-donor", "lora")
 HOST = "host"
+MMLU = "mmlu"
+PROMPT, WRITTEN = 32, 24  # tokens read and written to measure the speed of writing
+
+
+@dataclass(frozen=True)
+class Mmlu:
+    """Which questions: a folder of MMLU's files, or none for the Hub's; `limit` of every subject."""
+
+    data_dir: str | None = None
+    subjects: tuple[str, ...] = ()
+    shots: int = 5
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,7 @@ class Bench:
     domains      name -> texts to measure on
     outputs      modes that mix the donors' outputs
     controlled   the mode that the controls are of
+    documents    of every domain at most, of `max_bytes` each
     """
 
     domains: Mapping[str, tuple[str, ...]]
@@ -61,18 +81,39 @@ class Bench:
     documents: int = 50
     max_bytes: int = 2000
     seeds: int = 1
+    mmlu: Mmlu | None = None
+
+    @property
+    def measures(self) -> list[str]:
+        """What arms are compared by."""
+        return [*self.domains, *([MMLU] if self.mmlu else [])]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an arm does.
+
+    bits              of every domain's documents; under MMLU of every question, as one byte, whether it was answered wrong
+    tokens_per_s      of the host's, scored
+    written_per_s     tokens written by generate, one text at a time, its reading included
+    peak_bytes        weights, and what scoring a batch of training blocks takes beside them
+    """
+
+    bits: dict[str, Bits]
+    tokens_per_s: float
+    written_per_s: float
+    peak_bytes: int
 
 
 @dataclass
 class Row:
-    """One arm from one seed: trained parameters, bits by domain, tokens per second of scoring, the last training loss."""
+    """One arm from one seed: parameters in all and trained, what was measured, the last training loss."""
 
     arm: str
     seed: int
     parameters: int
     trained: int
-    bits: dict[str, Bits]
-    tokens_per_s: float
+    measured: Measured
     loss: float | None = None
     train_s: float = 0.0
     log: list[list[float]] = field(default_factory=list)
@@ -88,17 +129,16 @@ def read_bench(path: Path) -> tuple[Bench, dict[str, Any]]:
     if not isinstance(content, dict) or not isinstance(content.get("bench"), dict):
         raise EvalError(f"{path} has no 'bench'; expected what is compared: domains, arms, controls")
     found = Fields(str(path))
-    names = ("arms", "outputs", "controls", "controlled", "documents", "max_bytes", "seeds")
-    domains, *rest = found.take(
-        content["bench"], "bench", domains=dict, arms=(list, None), outputs=(list, None), controls=(list, None),
-        controlled=(str, None), documents=(int, None), max_bytes=(int, None), seeds=(int, None),
-    )  # fmt: skip
+    kinds: dict[str, Any] = dict.fromkeys(("arms", "outputs", "controls"), list) | {"controlled": str}
+    kinds |= dict.fromkeys(("documents", "max_bytes", "seeds"), int)
+    domains, mmlu, *rest = found.take(
+        content["bench"], "bench", domains=dict, mmlu=(dict, None), **{name: (kind, None) for name, kind in kinds.items()}
+    )
+    given = _given(kinds, rest)
+    if mmlu is not None:
+        kinds = {"data_dir": str, "subjects": list, "shots": int, "limit": int}
+        given["mmlu"] = Mmlu(**_given(kinds, found.take(mmlu, "mmlu", **{name: (kind, None) for name, kind in kinds.items()})))
     found.done()
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in zip(names, rest, strict=True)
-        if value is not None
-    }
     texts = {str(name): tuple(several) if isinstance(several, list) else (str(several),) for name, several in domains.items()}
     bench = Bench(texts, **given)
     for what, chosen, known in (
@@ -113,7 +153,15 @@ def read_bench(path: Path) -> tuple[Bench, dict[str, Any]]:
         raise EvalError(f"{path}: controls are of {bench.controlled!r}, which is not among the arms {', '.join(bench.arms)}")
     if min(bench.documents, bench.max_bytes, bench.seeds) < 1 or not texts:
         raise EvalError(f"{path}: documents, max_bytes and seeds must be at least 1, and there must be a domain")
+    if MMLU in bench.domains:
+        raise EvalError(f"{path}: a domain is named {MMLU}, as the questions are; give it another name")
     return bench, {key: value for key, value in content.items() if key != "bench"}
+
+
+def _given(names: Iterable[str], values: Iterable[Any]) -> dict[str, Any]:
+    """What is there of a part of the file, as arguments."""
+    found = zip(names, values, strict=True)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found if value is not None}
 
 
 class Arms:
@@ -135,23 +183,45 @@ class Arms:
         self.documents = {}
         for name, texts in bench.domains.items():
             self.documents[name] = cut(_pieces(read_documents(texts), bench.max_bytes), bench.max_bytes)[: bench.documents]
+        self.subjects: list[Subject] = []
+        if bench.mmlu is not None:
+            self.subjects = read_mmlu(Path(bench.mmlu.data_dir) if bench.mmlu.data_dir else None, bench.mmlu.subjects)
         self.model = load_fused(assembled, device)
         check_finite(self.model, self.blocks[:1].to(device))
         self.stores: dict[str, Store] = {}
         self.assembled, self.dtype = assembled, dtype
         self._outputs: FusionForCausalLM | None = None
 
+    def rows(self, progress: Callable[[int], None] = lambda n: None) -> Iterator[Row]:
+        """Every arm and control of the comparison from every seed, one after the other; told of tokens as it trains."""
+        yield self.host()
+        for number in range(len(self.parts.recipe.donors)):
+            yield self.donor(number)
+        for seed in range(self.bench.seeds):
+            trained = 0
+            for mode in self.bench.arms:
+                row = self.fused(mode, seed, progress=progress)
+                trained = row.trained if mode == self.bench.controlled else trained
+                yield row
+            for mode in self.bench.outputs:
+                yield self.output(mode, seed, progress)
+            for control in self.bench.controls:
+                if control == "lora":
+                    yield self.lora(trained, seed, progress)
+                else:
+                    yield self.fused(self.bench.controlled, seed, control, progress)
+
     def host(self) -> Row:
         """The host alone."""
         model = self.model.host
-        return Row(HOST, 0, sum(x.numel() for x in model.parameters()), 0, *self._measure(model))
+        return Row(HOST, 0, sum(x.numel() for x in model.parameters()), 0, self._measure(model))
 
     def donor(self, number: int) -> Row:
         """A source of a donor by itself, with all of its layers and its own tokenizer."""
         source = self.parts.sources[1 + number]
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=self.model.host.dtype).to(self.device).eval()
         found = self._measure(model, read_tokenizer(source))
-        return Row(f"donor {number}: {source.name}", 0, sum(x.numel() for x in model.parameters()), 0, *found)
+        return Row(f"donor {number}: {source.name}", 0, sum(x.numel() for x in model.parameters()), 0, found)
 
     def fused(self, mode: str, seed: int, control: str | None = None, progress: Callable[[int], None] = lambda n: None) -> Row:
         """A mode, or a control of it, trained and measured."""
@@ -188,7 +258,7 @@ class Arms:
         found = self._measure(model.eval())
         total = sum(value.numel() for value in model.parameters())
         if trained is None:
-            return Row(f"{mode} of outputs", seed, total, 0, *found)
+            return Row(f"{mode} of outputs", seed, total, 0, found)
         return self._row(f"{mode} of outputs", seed, total, count, found, trained)
 
     def lora(self, parameters: int, seed: int, progress: Callable[[int], None] = lambda n: None) -> Row:
@@ -199,15 +269,15 @@ class Arms:
         model: Any = LoraHost(self.model.host, range(first, layers), parameters).to(self.device)
         try:
             trained = self._train(model, seed, None, progress)
-            found = self._measure(model)
+            found = self._measure(self.model.host)  # which has the adapters as hooks
         finally:
             model.remove()
         count = sum(value.numel() for value in model.fuser_parameters().values())
         total = count + sum(value.numel() for value in self.model.host.parameters())
         return self._row(f"lora, rank {model.rank}", seed, total, count, found, trained)
 
-    def _row(self, name: str, seed: int, total: int, count: int, found: tuple[dict[str, Bits], float], trained: Trained) -> Row:
-        return Row(name, seed, total, count, *found, trained.log[-1][1], round(trained.time_s, 2), trained.log)
+    def _row(self, name: str, seed: int, total: int, count: int, found: Measured, trained: Trained) -> Row:
+        return Row(name, seed, total, count, found, trained.log[-1][1], round(trained.time_s, 2), trained.log)
 
     def _train(self, model: Any, seed: int, logits_of: Any, progress: Callable[[int], None]) -> Trained:
         recipe = replace(self.recipe, seed=seed)
@@ -235,6 +305,7 @@ class Arms:
         model = FusionForCausalLM(config, parts.host, donors)
         for name, value in self.model.named_buffers(recurse=False):
             getattr(model, name).copy_(value)
+        model.tokenizers = self.model.tokenizers
         for own, new in zip(model.fusers, new_fusers(config, seed), strict=True):
             own.load_state_dict(new.state_dict())
         try:
@@ -251,15 +322,42 @@ class Arms:
             self.stores[key] = compute(model, self.blocks, self.recipe.batch, tokens=tokens, device=self.device)
         return self.stores[key]
 
-    def _measure(self, model: Any, tokenizer: Any = None) -> tuple[dict[str, Bits], float]:
-        """(bits by domain, tokens of the host's per second)."""
+    def _measure(self, model: Any, tokenizer: Any = None) -> Measured:
+        tokenizer = tokenizer or self.tokenizer
         tokens = sum(len(self.tokenizer(one)["input_ids"]) for several in self.documents.values() for one in several)
         started = time.perf_counter()
         bits = {
-            name: measure(model, tokenizer or self.tokenizer, several, batch=self.recipe.batch, device=self.device)
+            name: measure(model, tokenizer, several, batch=self.recipe.batch, device=self.device)
             for name, several in self.documents.items()
         }
-        return bits, tokens / (time.perf_counter() - started)
+        per_s = tokens / (time.perf_counter() - started)
+        if self.bench.mmlu is not None:
+            bits[MMLU] = self._ask(model, tokenizer, self.bench.mmlu)
+        return Measured(bits, per_s, self._written_per_s(model), self._peak(model))
+
+    def _ask(self, model: Any, tokenizer: Any, questions: Mmlu) -> Bits:
+        lm = PrefixLM(model.eval(), tokenizer=tokenizer, device=self.device)
+        answers = ask(lm, self.subjects, questions.shots, questions.limit, question_text=False, answered=lambda count: None)
+        return Bits(np.array([float(not one.right) for one in answers]), np.ones(len(answers)))
+
+    @torch.inference_mode()
+    def _written_per_s(self, model: Any) -> float:
+        ids = self.blocks[:1, :PROMPT].to(self.device).clamp(max=model.config.get_text_config().vocab_size - 1)
+        how = {"do_sample": False, "max_new_tokens": WRITTEN, "min_new_tokens": WRITTEN, "pad_token_id": 0}
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), **how)
+            times.append(time.perf_counter() - started)
+        return WRITTEN / statistics.median(times)
+
+    @torch.inference_mode()
+    def _peak(self, model: Any) -> int:
+        ids = self.blocks[: self.recipe.batch].to(self.device).clamp(max=model.config.get_text_config().vocab_size - 1)
+        with PeakMemory() as memory:
+            model(input_ids=ids, use_cache=False)
+        found: int = weight_bytes(model) + memory.peak
+        return found
 
 
 def _pieces(documents: Sequence[str], num_bytes: int) -> list[str]:
@@ -278,16 +376,16 @@ def _pieces(documents: Sequence[str], num_bytes: int) -> list[str]:
 
 def pooled(rows: Sequence[Row], arm: str, domain: str) -> Bits:
     """An arm's bits, the mean over its seeds, document by document."""
-    several = [row.bits[domain] for row in rows if row.arm == arm]
+    several = [row.measured.bits[domain] for row in rows if row.arm == arm]
     return Bits(sum((one.bits for one in several), 0 * several[0].bits) / len(several), several[0].bytes)
 
 
 def claims(rows: Sequence[Row], bench: Bench) -> list[str]:
-    """For every domain what may be said of the controlled mode."""
+    """For every domain, and for MMLU, what may be said of the controlled mode."""
     names = list(dict.fromkeys(row.arm for row in rows))
     controls = [name for name in names if name.startswith((f"{bench.controlled}, ", "lora"))]
     found = []
-    for domain in bench.domains:
+    for domain in bench.measures:
         against = {
             name: difference(pooled(rows, bench.controlled, domain), pooled(rows, name, domain)) for name in [HOST, *controls]
         }
@@ -295,8 +393,8 @@ def claims(rows: Sequence[Row], bench: Bench) -> list[str]:
         if len(controls) >= len(bench.controls) > 0 and len(better) == len(against):
             smallest = max(against, key=lambda name: against[name].value)
             found.append(
-                f"{domain}: {bench.controlled} reads something of use in its donors: {_interval(against[smallest])} bits per "
-                f"byte beside the nearest control ({smallest}), {_interval(against[HOST])} beside its host"
+                f"{domain}: {bench.controlled} reads something of use in its donors: {_interval(against[smallest])} "
+                f"{unit(domain)} beside the nearest control ({smallest}), {_interval(against[HOST])} beside its host"
             )
         else:
             short = ", ".join(f"{name} {_interval(one)}" for name, one in against.items() if name not in better)
@@ -307,29 +405,31 @@ def claims(rows: Sequence[Row], bench: Bench) -> list[str]:
     return found
 
 
+def unit(domain: str) -> str:
+    """What `Bits.per_byte` says of a domain; less is better."""
+    return "share of wrong answers" if domain == MMLU else "bits per byte"
+
+
 def _interval(one: Mean) -> str:
     return f"{one.value:+.3f} [{one.low:.3f}, {one.high:.3f}]"
 
 
 def table(rows: Sequence[Row], bench: Bench) -> str:
     """Markdown: an arm in a row; bits per byte of every domain with the difference to the host."""
-    domains = list(bench.domains)
-    head = [
-        "arm",
-        "parameters",
-        "trained",
-        *(f"{name}, bits per byte" for name in domains),
-        *(f"{name}, less host" for name in domains),
-    ]
-    lines = ["| " + " | ".join([*head, "tokens/s"]) + " |", "|" + "---|" * (len(head) + 1)]
+    head = ["arm", "parameters", "trained", *(f"{name}, {unit(name)}" for name in bench.measures)]
+    head += [*(f"{name}, less host" for name in bench.measures), "tokens/s scored", "written", "peak memory, MB"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for arm in dict.fromkeys(row.arm for row in rows):
         several = [row for row in rows if row.arm == arm]
         cells = [arm, f"{several[0].parameters:,}", f"{several[0].trained:,}"]
-        cells += [f"{pooled(rows, arm, name).per_byte:.4f}" for name in domains]
+        cells += [f"{pooled(rows, arm, name).per_byte:.4f}" for name in bench.measures]
         cells += [
-            "" if arm == HOST else _interval(difference(pooled(rows, arm, name), pooled(rows, HOST, name))) for name in domains
+            "" if arm == HOST else _interval(difference(pooled(rows, arm, name), pooled(rows, HOST, name)))
+            for name in bench.measures
         ]
-        lines.append("| " + " | ".join([*cells, f"{sum(row.tokens_per_s for row in several) / len(several):,.0f}"]) + " |")
+        speeds = (statistics.mean(getattr(row.measured, name) for row in several) for name in ("tokens_per_s", "written_per_s"))
+        cells += [*(f"{speed:,.0f}" for speed in speeds), f"{several[0].measured.peak_bytes / 1e6:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -340,10 +440,11 @@ def record(rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
         "rows": [
             {
                 "arm": row.arm, "seed": row.seed, "parameters": row.parameters, "trained": row.trained,
-                "tokens_per_s": row.tokens_per_s, "loss": row.loss, "train_s": row.train_s,
-                "bits_per_byte": {name: one.per_byte for name, one in row.bits.items()},
-                "bits": {name: one.bits.tolist() for name, one in row.bits.items()},
-                "bytes": {name: one.bytes.tolist() for name, one in row.bits.items()},
+                "tokens_per_s": row.measured.tokens_per_s, "written_per_s": row.measured.written_per_s,
+                "peak_bytes": row.measured.peak_bytes, "loss": row.loss, "train_s": row.train_s,
+                "bits_per_byte": {name: one.per_byte for name, one in row.measured.bits.items()},
+                "bits": {name: one.bits.tolist() for name, one in row.measured.bits.items()},
+                "bytes": {name: one.bytes.tolist() for name, one in row.measured.bits.items()},
                 "losses": [entry[1] for entry in row.log if not math.isnan(entry[1])],
             }
             for row in rows

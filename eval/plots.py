@@ -197,10 +197,10 @@ def loss_curve(log: Path, path: Path) -> None:
 def differences(path: Path, rows: Sequence[Any], bench: Any) -> None:
     """Bits per byte of every arm of a fusion benchmark less its host's, by domain, with 95 % intervals over documents."""
     from .bits import difference
-    from .fusion_bench import HOST, pooled
+    from .fusion_bench import HOST, pooled, unit
 
     arms = [arm for arm in dict.fromkeys(row.arm for row in rows) if any(row.arm == arm and row.trained for row in rows)]
-    domains = list(bench.domains)
+    domains = bench.measures
     figure, found = axes(4.2 * len(domains) + 1.5, 0.42 * len(arms) + 1.6, columns=len(domains))
     data = []
     for ax, domain in zip(found, domains, strict=True):
@@ -213,7 +213,7 @@ def differences(path: Path, rows: Sequence[Any], bench: Any) -> None:
             )  # fmt: skip
             data.append((domain, arm, one.value, one.low, one.high))
         ax.axvline(0.0, color=GREY, linewidth=1)
-        ax.set(title=domain, xlabel="bits per byte less the host's (left is better)", yticks=range(len(arms)))
+        ax.set(title=domain, xlabel=f"{unit(domain)} less the host's (left is better)", yticks=range(len(arms)))
         ax.set_yticklabels(arms if ax is found[0] else [])
         ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.invert_yaxis()

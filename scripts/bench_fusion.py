@@ -58,24 +58,12 @@ def main(arguments: argparse.Namespace) -> int:
     arms = Arms(parts, arguments.out / "assembled", bench, training_device(arguments.device), arguments.dtype)
     each = recipe.training.updates * recipe.training.batch * recipe.training.block
     total = bench.seeds * (len(bench.arms) + ("mixture" in bench.outputs) + len(bench.controls)) * each
-    rows = [arms.host(), *(arms.donor(number) for number in range(len(recipe.donors)))]
+    rows = []
     with counter("training", "token", total, arguments.quiet) as bar:
-        for seed in range(bench.seeds):
-            for mode in bench.arms:
-                rows.append(arms.fused(mode, seed, progress=bar.update))
-                logging.info("%s", table(rows, bench).splitlines()[-1])
-                write_whole(arguments.out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
-            for mode in bench.outputs:
-                rows.append(arms.output(mode, seed, progress=bar.update))
-                logging.info("%s", table(rows, bench).splitlines()[-1])
-            for control in bench.controls:
-                if control == "lora":
-                    trained = next(row.trained for row in rows if row.arm == bench.controlled)
-                    rows.append(arms.lora(trained, seed, progress=bar.update))
-                else:
-                    rows.append(arms.fused(bench.controlled, seed, control, progress=bar.update))
-                logging.info("%s", table(rows, bench).splitlines()[-1])
-                write_whole(arguments.out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
+        for row in arms.rows(bar.update):
+            rows.append(row)
+            logging.info("%s", table(rows, bench).splitlines()[-1])
+            write_whole(arguments.out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
     text = table(rows, bench) + "\n" + "".join(f"- {line}\n" for line in claims(rows, bench))
     write_whole(arguments.out / "table.md", text)
     differences(arguments.out / "differences.png", rows, bench)

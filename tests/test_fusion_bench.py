@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from fused import fused, some_ids
+from test_mmlu import write_archive
 from tiny import ROOT, load, tiny_source
 from transformers import AutoTokenizer
 
 from eval.bits import Bits, cut, difference, measure
 from eval.errors import DataError, EvalError
-from eval.fusion_bench import Arms, Bench, Row, claims, pooled, read_bench, table
+from eval.fusion_bench import Arms, Bench, Measured, Row, claims, pooled, read_bench, table
 from eval.lora import LoraHost
 from merge.fusion.assemble import make_parts
 from merge.fusion.features import compute, from_entry, run_host
@@ -23,6 +24,7 @@ from merge.fusion.fusers import MODES as FUSERS
 from merge.fusion.make import assemble
 from merge.fusion.recipe import recipe_from
 from merge.fusion.streams import ALIGNMENTS
+from merge.records import RecordError
 
 TEXT = "".join(f"Line {i} of a text that says {i * i} and then some more.\n" for i in range(60))
 CONFIG = """\
@@ -33,6 +35,7 @@ fusion: {sites: [1.0], rank: 8, heads: 2}
 training: {text: [text.txt], updates: 2, block: 16, batch: 2, learning_rate: 0.01}
 bench:
   domains: {prose: text.txt, more: [text.txt]}
+  mmlu: {data_dir: questions, subjects: [anatomy, virology], shots: 0, limit: 2}
   arms: [weighted, attention]
   documents: 6
   max_bytes: 60
@@ -133,7 +136,7 @@ def rows_with(**gains):
     found = []
     for arm, gain in {"host": 0.0, **gains}.items():
         bits = base - gain * size + random.normal(0, 0.5, 30)
-        found.append(Row(arm.replace("__", ", "), 0, 100, 10, {"prose": Bits(bits, size)}, 5.0))
+        found.append(Row(arm.replace("__", ", "), 0, 100, 10, Measured({"prose": Bits(bits, size)}, 5.0, 1.0, 10**6)))
     return found
 
 
@@ -166,11 +169,13 @@ def test_a_gain_is_claimed_only_beyond_every_control():
         ("documents: 6", "outputs: [sum]", "no output 'sum'; there are mixture"),
         ("documents: 6", "controls: [nothing]", "no control 'nothing'; there are zero"),
         ("documents: 6", "documents: 0", "must be at least 1"),
+        ("more:", "mmlu:", "a domain is named mmlu"),
+        ("shots: 0", "shot: 0", "unknown key 'shot'"),
     ],
 )
 def test_a_wrong_comparison_is_refused(tmp_path, old, new, said):
     (tmp_path / "bench.yaml").write_text(CONFIG.replace(old, new))
-    with pytest.raises(EvalError, match=said):
+    with pytest.raises((EvalError, RecordError), match=said):
         read_bench(tmp_path / "bench.yaml")
 
 
@@ -179,6 +184,7 @@ def run(tmp_path, tiny_cache):
     """Runs a script in a folder with a config and a text."""
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "bench.yaml").write_text(CONFIG)
+    write_archive(tmp_path / "questions")
     environment = os.environ | {"XDG_CACHE_HOME": str(tiny_cache), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
 
     def call(script, *arguments, status=0):
@@ -194,6 +200,7 @@ def test_every_seed_has_random_donors_of_its_own(tmp_path, tiny_cache, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "bench.yaml").write_text(CONFIG)
+    write_archive(tmp_path / "questions")
     bench, content = read_bench(tmp_path / "bench.yaml")
     parts = make_parts(recipe_from(content, "bench"), [tiny_source(name, tiny_cache) for name in ("llama3.2-1b", "phi3-mini")])
     assemble(parts, tmp_path / "assembled")
@@ -219,7 +226,11 @@ def test_the_whole_comparison(run, tmp_path):
     assert zero["bits_per_byte"] == pytest.approx(host["bits_per_byte"], abs=1e-3)  # attention to nothing adds nothing
     assert by_arm["attention"]["bits_per_byte"]["prose"] != pytest.approx(host["bits_per_byte"]["prose"], abs=1e-6)
     assert abs(by_arm["attention"]["trained"] - by_arm[arms[10]]["trained"]) < 0.5 * by_arm["attention"]["trained"]
-    assert len(results["claims"]) == 2
+    assert [claim.partition(":")[0] for claim in results["claims"]] == ["prose", "more", "mmlu"]
+    for row in results["rows"]:
+        assert len(row["bits"]["mmlu"]) == 4  # two questions of each subject
+        assert row["written_per_s"] > 0
+    assert by_arm["attention"]["peak_bytes"] > by_arm["host"]["peak_bytes"]
     assert (tmp_path / "out" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "differences.csv").read_text().startswith("domain,arm,difference")
     assert "| attention, shuffle |" in (tmp_path / "out" / "table.md").read_text()

@@ -420,11 +420,12 @@ def read_nodes(donor, nodes, cache=None):
 
 
 def from_scratch(donor, several, layer=-1):
-    """The states [., D], at that number of layers, after sequences of tokens that the donor reads by themselves; zero where there is none."""
+    """The states [., D], at that number of layers, after sequences that the donor reads by themselves; zero of none."""
     width = max(map(len, several))
     ids = torch.tensor([tokens + [0] * (width - len(tokens)) for tokens in several])
     with torch.no_grad():
-        states = donor(ids, use_cache=False, output_hidden_states=True).hidden_states[layer]  # causal: padding behind the tokens is not seen
+        # causal: padding behind the tokens is not seen
+        states = donor(ids, use_cache=False, output_hidden_states=True).hidden_states[layer]
     states = torch.cat([torch.zeros_like(states[:, :1]), states], 1)
     return states[torch.arange(len(several)), torch.tensor([len(tokens) for tokens in several])]
 
@@ -476,8 +477,10 @@ def test_a_models_donor_says_what_it_says_of_every_prefix():
 
 def test_a_model_without_its_tokenizers_says_so():
     model = fused(donors=["gemma2-2b"], alignment="prefix")
-    model._tokenizers, model._rules = None, {}
-    with pytest.raises(FusionError, match=r"donor 0 reads its own tokens .* has no tokenizer; load the model with from_pretrained"):
+    model.tokenizers, model._rules = None, {}
+    with pytest.raises(
+        FusionError, match=r"donor 0 reads its own tokens .* has no tokenizer; load the model with from_pretrained"
+    ):
         model(some_ids())
 
 

@@ -92,7 +92,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
                 sizes |= {"begins": config.text_config.vocab_size, "lands": heads[number].vocab_size}
             for name, size in sizes.items():
                 self.register_buffer(f"{name}_{number}", torch.zeros(size, dtype=torch.int32))
-        self._tokenizers: tuple[Any, dict[int, Any]] | None = None
+        self.tokenizers: tuple[Any, dict[int, Any]] | None = None  # as of `give_tokenizers`
         self._rules: dict[int, Retokenizer] = {}
         self.control: str | None = None
         self._features: Features | None = None
@@ -111,16 +111,16 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         if model.prefixed:
             name = args[0] if args else kwargs["pretrained_model_name_or_path"]
             read = partial(AutoTokenizer.from_pretrained, name, **{key: kwargs[key] for key in WHERE if key in kwargs})
-            host, donors = model.config.text_config, model.config.donor_configs()  # named, so that no config is asked what it runs
+            donors = model.config.donor_configs()  # configs are named, or that of the folder would ask to run its code
             several = {one: read(subfolder=DONOR_FOLDER.format(one), config=donors[one]) for one in model.prefixed}
-            model.give_tokenizers(read(config=host), several)
+            model.give_tokenizers(read(config=model.config.text_config), several)
         return found
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """As of any model of transformers; with the tokenizers that it needs to run."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self._tokenizers is not None:
-            host, donors = self._tokenizers
+        if self.tokenizers is not None:
+            host, donors = self.tokenizers
             host.save_pretrained(save_directory)
             for number, one in donors.items():
                 one.save_pretrained(Path(save_directory) / DONOR_FOLDER.format(number))
@@ -141,7 +141,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             one = donors[number]
             own = ByteTable.from_tokenizer(one, self.config.donors[number]["config"]["vocab_size"])
             self._rules[number] = Retokenizer(table, own, one)
-        self._tokenizers = host, dict(donors)
+        self.tokenizers = host, dict(donors)
 
     def __getstate__(self) -> dict[str, Any]:
         """Of copies in other processes: what is made of tokenizers is made again there."""
@@ -152,12 +152,12 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         if self.config.donors[number]["alignment"] == "map":
             return getattr(self, f"offsets_{number}"), getattr(self, f"tokens_{number}")
         if number not in self._rules:
-            if self._tokenizers is None:
+            if self.tokenizers is None:
                 raise FusionError(
                     f"donor {number} reads its own tokens (alignment 'prefix') and has no tokenizer; load the model with "
                     "from_pretrained, or call give_tokenizers"
                 )
-            self.give_tokenizers(*self._tokenizers)
+            self.give_tokenizers(*self.tokenizers)
         return self._rules[number]
 
     def freeze(self) -> None:
