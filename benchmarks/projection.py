@@ -55,7 +55,9 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from merge.fusion.projection import BASES, choose_alpha, project, replaced, same_tokens
+    from merge.fusion.moments import BASES
+    from merge.fusion.positions import same_tokens
+    from merge.fusion.projection import choose_alpha, project, replaced
     from merge.report import versions
 
     torch.set_num_threads(1)

@@ -39,6 +39,20 @@ def cut(documents: Sequence[str], num_bytes: int) -> list[str]:
     return [document for document in found if document.strip()]
 
 
+def pieces(documents: Sequence[str], num_bytes: int) -> list[str]:
+    """Documents in pieces of at most so many bytes, cut at line ends where there are any: one long text is many documents."""
+    found = []
+    for document in documents:
+        piece = ""
+        for line in document.splitlines(keepends=True):
+            if piece and len((piece + line).encode()) > num_bytes:
+                found.append(piece)
+                piece = ""
+            piece += line
+        found.append(piece)
+    return found
+
+
 @torch.inference_mode()
 def measure(
     model: Any,

@@ -36,7 +36,7 @@ from merge.fusion.text import read_documents, token_blocks
 from merge.fusion.train import Trained, train
 from merge.records import Fields, read_yaml
 
-from .bits import Bits, cut, difference, measure
+from .bits import Bits, cut, difference, measure, pieces
 from .errors import EvalError
 from .lm import PrefixLM
 from .lora import LoraHost
@@ -182,7 +182,7 @@ class Arms:
         self.blocks = blocks[order[: self.recipe.updates * self.recipe.batch]]  # what lies beyond would never be used
         self.documents = {}
         for name, texts in bench.domains.items():
-            self.documents[name] = cut(_pieces(read_documents(texts), bench.max_bytes), bench.max_bytes)[: bench.documents]
+            self.documents[name] = cut(pieces(read_documents(texts), bench.max_bytes), bench.max_bytes)[: bench.documents]
         self.subjects: list[Subject] = []
         if bench.mmlu is not None:
             self.subjects = read_mmlu(Path(bench.mmlu.data_dir) if bench.mmlu.data_dir else None, bench.mmlu.subjects)
@@ -358,20 +358,6 @@ class Arms:
             model(input_ids=ids, use_cache=False)
         found: int = weight_bytes(model) + memory.peak
         return found
-
-
-def _pieces(documents: Sequence[str], num_bytes: int) -> list[str]:
-    """Documents in pieces of at most so many bytes, cut at line ends where there are any: one long text is many documents."""
-    found = []
-    for document in documents:
-        piece = ""
-        for line in document.splitlines(keepends=True):
-            if piece and len((piece + line).encode()) > num_bytes:
-                found.append(piece)
-                piece = ""
-            piece += line
-        found.append(piece)
-    return found
 
 
 def pooled(rows: Sequence[Row], arm: str, domain: str) -> Bits:

@@ -73,11 +73,21 @@ def find_source(arguments: argparse.Namespace) -> Source:
     """The model that --model names; a wrong or partial one is refused before anything is imported or loaded."""
     if not arguments.model:
         raise UsageError("give --model")
+    check_run(arguments)
+    return find_model(arguments.model, arguments)
+
+
+def check_run(arguments: argparse.Namespace) -> None:
+    """Refuses a wrong --batch-size, and has lm-eval and datasets be quiet."""
     if arguments.batch_size != "auto" and not (arguments.batch_size.isdecimal() and int(arguments.batch_size)):
         raise UsageError(f"--batch-size is {arguments.batch_size!r}, expected a positive number of prompts, or auto")
+    quieten(arguments)
+
+
+def quieten(arguments: argparse.Namespace) -> None:
+    """Has lm-eval and datasets say what goes wrong, and with -v what they do."""
     for name in ("lm_eval", "lm-eval", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR if not arguments.verbose else logging.INFO)
-    return find_model(arguments.model, arguments)
 
 
 def check_positive(arguments: argparse.Namespace, *names: str) -> None:

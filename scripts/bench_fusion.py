@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from _cli import CONFIGS, parser, run
-from _scoring import counter
+from _scoring import check_positive, counter, quieten
 
 EXAMPLES = """\
   python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --out runs/bench-tiny   random twins, some minutes
@@ -32,9 +32,8 @@ def main(arguments: argparse.Namespace) -> int:
     """Assembles once, then trains and measures one arm after the other; what is done is written after each."""
     from dataclasses import replace
 
-    from _scoring import check_positive
-
     check_positive(arguments, "updates")
+    quieten(arguments)
     from eval.errors import EvalError
     from eval.fusion_bench import Arms, claims, read_bench, record, table
     from eval.plots import differences

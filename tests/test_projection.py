@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from tiny import load
+from tiny import ROOT, load, tiny_source
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -19,25 +22,10 @@ from transformers import (
 
 from merge.errors import OutputError
 from merge.fusion.errors import FusionError
-from merge.fusion.projection import (
-    BASES,
-    Aligned,
-    HeldOut,
-    Moments,
-    _check_host,
-    _decoder,
-    _sketch,
-    choose_alpha,
-    collect,
-    layer_cka,
-    mapped_tokens,
-    match_depths,
-    merge_projected,
-    project,
-    same_tokens,
-    save,
-    write_step,
-)
+from merge.fusion.decoders import check_host, decoder_of
+from merge.fusion.moments import BASES, Moments, _sketch, collect, layer_cka, match_depths, write_step
+from merge.fusion.positions import Aligned, mapped_tokens, same_tokens
+from merge.fusion.projection import HeldOut, choose_alpha, merge_projected, project, save
 from merge.fusion.vocabulary import VocabularyMap
 
 VOCABULARY = 64
@@ -242,7 +230,7 @@ def test_every_family_as_host_and_donor(any_tiny):
 
 def test_what_a_gemma_2_writes_is_behind_its_post_norms():
     donor = built(DONORS["gemma2"])
-    decoder, seen = _decoder(donor, "donor"), {}
+    decoder, seen = decoder_of(donor, "donor"), {}
     layer = decoder.layers[2]
     hooks = {
         decoder.writer(2, place): lambda _, output, place=place: seen.update({place: output}) for place in ("attention", "mlp")
@@ -250,7 +238,7 @@ def test_what_a_gemma_2_writes_is_behind_its_post_norms():
     decoder.run(ALIGN(TEXTS).host_ids, hooks | {layer: lambda entered, left: seen.update(change=left - entered)})
     torch.testing.assert_close(seen["attention"] + seen["mlp"], seen["change"])
     with pytest.raises(FusionError, match="norms behind its write matrices"):
-        _check_host(decoder)
+        check_host(decoder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,7 +301,7 @@ def test_depth_map_is_the_best_of_all(layers, donor_layers, seed):
 def test_cka_is_its_definition():
     """Centred, between states of different width; 1 for the same function in another basis."""
     host, donor = llama(), built(DONORS["phi3"])
-    sides = _decoder(host, "host"), _decoder(donor, "donor")
+    sides = decoder_of(host, "host"), decoder_of(donor, "donor")
     batches = [ALIGN(TEXTS[:9]), ALIGN(TEXTS[9:])]
     found = layer_cka(*sides, batches)
     whole = ALIGN(TEXTS)
@@ -325,7 +313,7 @@ def test_cka_is_its_definition():
             X, Y = X - X.mean(0), Y - Y.mean(0)
             expected = (X.T @ Y).norm() ** 2 / (X.T @ X).norm() / (Y.T @ Y).norm()
             assert float(found[i, m]) == pytest.approx(float(expected), rel=1e-4)
-    same = layer_cka(sides[0], _decoder(turned(host), "donor"), batches)
+    same = layer_cka(sides[0], decoder_of(turned(host), "donor"), batches)
     torch.testing.assert_close(same.diagonal(), torch.ones(3, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
@@ -414,6 +402,41 @@ def test_saving_is_refused_where_loss_rises(tmp_path):
     assert [one["donor_layer"] for one in record["layers"]] == list(projection.report.depth_map)
 
 
+def run_script(folder, *arguments, status=0):
+    command = [sys.executable, str(ROOT / "scripts" / "project.py"), *map(str, arguments)]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hub")}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == status, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def test_the_script_writes_what_held_out_loss_allows(tmp_path, tiny_cache):
+    """A donor that is the host changes nothing; another one is refused unless its alpha is forced."""
+    host, donor = (tiny_source(name, tiny_cache).folder for name in ("llama3.2-1b", "gemma2-2b"))
+    (tmp_path / "text.txt").write_text("".join(f"line {i} says {i * i}\n" for i in range(300)))
+    common = ["--host", host, "--text", "text.txt", "--documents", 4, "--max-tokens", 128, "--dtype", "float32", "--quiet"]
+    done = run_script(tmp_path, *common, "--donor", host, "--alpha", 0.5, "--force", "--out", "same")
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["mean_gap"] < 1e-3
+    assert told["held_out"]["0.5"] == pytest.approx(told["held_out"]["0.0"], abs=1e-4)
+    one, two = load(tmp_path / "same"), load(host)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(one(ids).logits, two(ids).logits.to(one.dtype), rtol=0, atol=2e-2)
+    assert "Held-out loss" in (tmp_path / "same" / "README.md").read_text()
+    done = run_script(
+        tmp_path, *common, "--donor", donor, "--alpha", 1.0, "--alphas", 1.0, "--layers-per-pass", 8, "--out", "moved",
+        "--force",
+    )  # fmt: skip
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["held_out"]["1.0"] != told["held_out"]["0.0"]
+    said = run_script(tmp_path, *common, "--donor", host, "--out", "moved", status=1).stderr
+    assert "moved is not empty" in said
+    said = run_script(tmp_path, *common, "--donor", host, "--alpha", 1.5, "--out", "more", status=2).stderr
+    assert "alpha is 1.5; expected more than 0" in said
+    assert not (tmp_path / "more").exists()
+
+
 def test_what_is_refused():
     host, donor = llama(), built(DONORS["mistral"])
     gemma = built(DONORS["gemma2"])
@@ -455,7 +478,7 @@ def test_what_is_refused():
 
 def test_moments_of_chosen_layers_only():
     """What is not asked for is not held."""
-    host, donor = (_decoder(model, side) for model, side in ((llama(), "host"), (built(DONORS["gemma2"]), "donor")))
+    host, donor = (decoder_of(model, side) for model, side in ((llama(), "host"), (built(DONORS["gemma2"]), "donor")))
     states, writes = collect(host, donor, [ALIGN(TEXTS)], {1: 4})
     assert list(states) == [1]
     assert sorted(writes) == [(1, "attention"), (1, "mlp")]

@@ -36,7 +36,7 @@ from .fusers import Fuser
 from .mixers import Mixer
 from .modeling_fusion import DONOR_FOLDER, FusionForCausalLM, make_fusers
 from .recipe import Recipe, layer_numbers
-from .vocabulary import Bridge, bridge, same_vocabulary, vocabulary_map
+from .vocabulary import Bridge, bridge, same_tokenizer, same_vocabulary, vocabulary_map
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
     host: ByteTable | None = None  # made once, if any donor needs it
     for number, (tokenizer, size) in enumerate(zip(tokenizers[1:], sizes[1:], strict=True)):
         alignment = parts.recipe.donors[number].alignment
-        if alignment == "map" and _same(tokenizers[0], tokenizer):
+        if alignment == "map" and same_tokenizer(tokenizers[0], tokenizer):
             one, back = same_vocabulary(sizes[0], size)
         else:
             host, own = host or ByteTable.from_tokenizer(tokenizers[0], sizes[0]), ByteTable.from_tokenizer(tokenizer, size)
@@ -194,12 +194,6 @@ def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
         if back is not None and parts.fuses_outputs:
             found |= {f"begins_{number}": back.begins, f"lands_{number}": back.lands}
     return found
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two tokenizers give every text the same ids."""
-    mine, theirs = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other))
-    return mine is not None and theirs is not None and mine.to_str() == theirs.to_str()
 
 
 def read_tokenizer(source: Source) -> Any:

@@ -10,6 +10,7 @@ the letters that follow. The tables are built once and saved with the model, whi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -106,6 +107,12 @@ def bridge(
     lands = _first(vocabulary_map(donor, host, host_encode))
     lands[begins[begins >= 0].long()] = -1
     return Bridge(begins, lands)
+
+
+def same_tokenizer(one: Any, other: Any) -> bool:
+    """Whether two tokenizers give every text the same ids."""
+    mine, theirs = (getattr(tokenizer, "backend_tokenizer", None) for tokenizer in (one, other))
+    return mine is not None and theirs is not None and mine.to_str() == theirs.to_str()
 
 
 def same_vocabulary(host_size: int, donor_size: int) -> tuple[VocabularyMap, Bridge]:
