@@ -303,8 +303,7 @@ class Arms:
         layers = [*parts.host.model.layers, *(layer for donor in donors for layer in donor.layers)]
         before = [dict(layer._forward_hooks) for layer in layers]
         model = FusionForCausalLM(config, parts.host, donors)
-        for name, value in self.model.named_buffers(recurse=False):
-            getattr(model, name).copy_(value)
+        model.tables.load_state_dict(self.model.tables.state_dict())
         model.tokenizers = self.model.tokenizers
         for own, new in zip(model.fusers, new_fusers(config, seed), strict=True):
             own.load_state_dict(new.state_dict())

@@ -82,8 +82,8 @@ def fused(mode="attention", host="llama3-8b", donors: Sequence[str] = ("gemma2-2
     for number, several in enumerate(maps):
         tables = dict(zip(("offsets", "tokens", "begins", "lands"), (*several, *random_bridge(seed + number)), strict=True))
         for name, value in tables.items():
-            if hasattr(model, f"{name}_{number}"):
-                getattr(model, f"{name}_{number}").copy_(value)
+            if hasattr(model.tables[number], name):
+                getattr(model.tables[number], name).copy_(value)
     if alignment == "prefix":
         several = [small(name) for name in DONOR_TOKENIZERS[: len(donors)]]
         model.give_tokenizers(small(HOST_TOKENIZER), dict(enumerate(several)))

@@ -13,9 +13,11 @@ import sys
 
 import pytest
 import torch
-from fused import FAMILIES, MODES, PAD, fused, random_map, some_ids
+from accelerate import infer_auto_device_map
+from fused import FAMILIES, HOST_TOKENIZER, MODES, PAD, fused, random_map, some_ids
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers_for_tests import small
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from merge.fusion import FusionConfig
@@ -182,7 +184,7 @@ def test_features_are_the_donors_states_at_the_last_token_that_ended():
     aligned = model.features(ids).aligned
     for row in range(2):
         for number, donor in enumerate(model.donors):
-            offsets, tokens = getattr(model, f"offsets_{number}"), getattr(model, f"tokens_{number}")
+            offsets, tokens = model.tables[number].offsets, model.tables[number].tokens
             read = []
             for position, index in enumerate(ids[row].tolist()):
                 read += tokens[offsets[index] : offsets[index + 1]].tolist()
@@ -306,3 +308,74 @@ print(json.dumps([logits[0, -1, :3].tolist(), model.generate(torch.tensor({ids.t
     assert logits == pytest.approx(expected, abs=1e-6)
     assert length == 7
     assert ours == []
+
+
+@pytest.mark.parametrize("alignment", ALIGNMENTS)
+@pytest.mark.parametrize("mode", ["attention", "cross", "mixture"])
+def test_parts_on_the_disk_are_brought_when_they_are_needed(tmp_path, mode, alignment):
+    """As accelerate spreads a model that has no room; blocks of text without any donor token among them."""
+    model, ids = fused(mode, alignment=alignment), some_ids(2, 9)
+    model.save_pretrained(tmp_path / "saved")
+    places = {name: "cpu" for name, part in model.named_children() if any(True for _ in part.state_dict())}
+    del places["host"], places["donors"]
+    places |= {"host.model": "cpu", "host.lm_head": "disk", "donors.0": "cpu", "donors.1": "disk"}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", device_map=places, offload_folder=tmp_path / "offload")
+    assert {value.device.type for value in found.parameters()} == {"cpu", "meta"}
+    with torch.no_grad():
+        assert torch.equal(found.eval()(ids).logits, model(ids).logits)
+        assert torch.equal(found.generate(ids, **GENERATION), model.generate(ids, **GENERATION))
+
+
+def test_no_layer_is_put_on_two_devices():
+    model = fused()
+    room = sum(value.nbytes for value in model.host.parameters()) + 1000 * 16
+    for more in range(0, 12_000, 3_000):  # in bytes: somewhere inside the donors
+        places = infer_auto_device_map(
+            model, {"cpu": room + more, "disk": 10**9}, no_split_module_classes=model._no_split_modules
+        )
+        assert not [name for name in places if "layers" in name and name.split(".layers.")[1].count(".")]
+
+
+def test_lm_eval_as_it_is_scores_it(tmp_path):
+    """Its own command, without this package: the log-likelihoods are the model's."""
+    model = fused("gate", alignment="prefix")
+    model.save_pretrained(tmp_path / "saved")  # with the host's tokenizer
+    (tmp_path / "tasks").mkdir()
+    rows = [{"q": "The river", "a": " rose"}, {"q": "It is", "a": " unbelievable"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks" / "rivers.yaml").write_text(
+        f"task: rivers\ndataset_path: json\ndataset_kwargs: {{data_files: {tmp_path / 'rows.jsonl'}}}\ntest_split: train\n"
+        "output_type: loglikelihood\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\nmetric_list: [{metric: acc}]\n"
+    )
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "lm_eval",
+            "run",
+            "--model",
+            "hf",
+            "--tasks",
+            "rivers",
+            "--include_path",
+            str(tmp_path / "tasks"),
+        ),
+        *("--model_args", f"pretrained={tmp_path / 'saved'},trust_remote_code=True,dtype=float32", "--device", "cpu"),
+        *("--batch_size", "2", "--log_samples", "--output_path", str(tmp_path / "out")),
+    ]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
+    found = {}
+    for line in samples.read_text().splitlines():
+        sample = json.loads(line)
+        found[sample["doc"]["a"]] = float(sample["filtered_resps"][0][0])
+    tokenizer = small(HOST_TOKENIZER)
+    for row in rows:
+        whole, context = (tokenizer(text)["input_ids"] for text in (row["q"] + row["a"], row["q"]))
+        with torch.no_grad():
+            said = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+        expected = sum(float(said[at - 1, whole[at]]) for at in range(len(context), len(whole)))
+        assert found[row["a"]] == pytest.approx(expected, abs=1e-3)

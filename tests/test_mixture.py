@@ -76,7 +76,7 @@ def said_alone(model, number, ids):
     donor = model.donors[number]
     whole = AutoModelForCausalLM.from_config(donor.config).eval()
     whole.model, whole.lm_head = donor, model.donor_heads[number]
-    offsets, tokens = getattr(model, f"offsets_{number}"), getattr(model, f"tokens_{number}")
+    offsets, tokens = model.tables[number].offsets, model.tables[number].tokens
     read = [token for index in ids.tolist() for token in tokens[offsets[index] : offsets[index + 1]].tolist()]
     return whole(torch.tensor([read]), use_cache=False).logits[0, -1].softmax(-1) if read else None
 
@@ -94,7 +94,7 @@ def test_the_softmax_of_the_logits_is_the_mixture(mode):
             p, q = p_host[row, position], []
             for number in range(2):
                 said = said_alone(model, number, ids[row, : position + 1])
-                tables = getattr(model, f"begins_{number}"), getattr(model, f"lands_{number}")
+                tables = model.tables[number].begins, model.tables[number].lands
                 q.append(p if said is None else carry(p, said, *tables))
                 assert q[-1].sum() == pytest.approx(1.0, abs=1e-6)
             g = torch.tensor([0.25, 0.25])
@@ -121,7 +121,7 @@ def test_all_weight_on_donors_stays_finite():
 
 def test_a_donor_that_has_read_nothing_changes_nothing(model):
     """Host ids that stand for nothing, first; then one that stands for something."""
-    silent = [(getattr(model, f"offsets_{number}").diff() == 0).nonzero().flatten().tolist() for number in range(2)]
+    silent = [(model.tables[number].offsets.diff() == 0).nonzero().flatten().tolist() for number in range(2)]
     none = sorted(set(silent[0]) & set(silent[1]))[0]
     ids = torch.tensor([[none, none, int(some_ids()[0, 0])]])
     with torch.no_grad():
@@ -248,10 +248,10 @@ def test_a_mixture_learns_which_donor_knows_better():
     for mode in MODES:
         model = FusionForCausalLM(FusionConfig(own.config, [donor], {"mode": mode}), own, [other.model]).eval()
         model.donor_heads[0].load_state_dict(other.lm_head.state_dict())
-        model.offsets_0.copy_(torch.arange(VOCABULARY + 1))
-        for name in ("tokens_0", "begins_0"):
-            getattr(model, name).copy_(torch.arange(VOCABULARY))
-        model.lands_0.fill_(-1)
+        model.tables[0].offsets.copy_(torch.arange(VOCABULARY + 1))
+        for name in ("tokens", "begins"):
+            getattr(model.tables[0], name).copy_(torch.arange(VOCABULARY))
+        model.tables[0].lands.fill_(-1)
         if mode == "mixture":
             losses["host"] = held_out_loss(model, blocks, 8, Accelerator(cpu=True))
             recipe = Training(("x",), updates=60, block=12, batch=8, learning_rate=0.03)
@@ -336,8 +336,9 @@ def test_assembled_donors_have_all_layers_and_their_heads(tmp_path, tiny_cache):
                 place = f"donors.{number - 1}.{name.removeprefix('model.')}" if number else f"host.{name}"
                 place = f"donor_heads.{number - 1}.weight" if number and name == "lm_head.weight" else place
                 assert torch.equal(tensors.pop(place), value)
-    assert {name.rpartition("_")[0] or name for name in tensors} == {
-        "fusers.0.scale", "fusers.0.gate.weight", "fusers.0.gate.bias", "offsets", "tokens", "begins", "lands",
+    assert set(tensors) == {
+        "fusers.0.scale", "fusers.0.gate.weight", "fusers.0.gate.bias",
+        *(f"tables.{number}.{name}" for number in range(2) for name in ("offsets", "tokens", "begins", "lands")),
     }  # fmt: skip
     ids = torch.tensor([[256, *TEXT.encode()[:40]]])
     own = load(tiny_source(HOST, tiny_cache).folder)

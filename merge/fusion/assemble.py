@@ -190,9 +190,9 @@ def vocabulary_tables(parts: Parts) -> dict[str, torch.Tensor]:
             donor = parts.sources[1 + number].name
             log.warning("%s has no token for some bytes of %d host tokens and does not see them", donor, len(one.inexact))
         if alignment == "map":
-            found |= {f"offsets_{number}": one.offsets, f"tokens_{number}": one.tokens}
+            found |= {f"tables.{number}.offsets": one.offsets, f"tables.{number}.tokens": one.tokens}
         if back is not None and parts.fuses_outputs:
-            found |= {f"begins_{number}": back.begins, f"lands_{number}": back.lands}
+            found |= {f"tables.{number}.begins": back.begins, f"tables.{number}.lands": back.lands}
     return found
 
 
@@ -225,7 +225,7 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
         FusionError, CheckpointError, OSError: a tokenizer, a source that changed, a failing write.
     """
     tables = vocabulary_tables(parts)
-    config = fused_config(parts, [len(tables.get(f"tokens_{number}", ())) for number in range(len(parts.taps))])
+    config = fused_config(parts, [len(tables.get(f"tables.{number}.tokens", ())) for number in range(len(parts.taps))])
     advance = progress(parts.bytes_to_write)
     weight_map: dict[str, str] = {}
     for number, blueprint in enumerate(parts.blueprints):

@@ -15,7 +15,7 @@ generate() with caches, beams and left padding, and lm-eval work as for the host
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +42,20 @@ DONOR_FOLDER = "donor-{}"  # where the tokenizers of donors are that need one
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # options of loading that tokenizers have too
 
 
+class Tables(nn.Module):
+    """Between the vocabularies of host and donor, to be filled; for a map `offsets` and `tokens` (`streams`), and where outputs
+    are mixed `begins` and `lands` (`mixers`).
+    """
+
+    def __init__(self, donor: Mapping[str, Any], host_size: int, donor_size: int | None) -> None:
+        """Of a donor of the config; `donor_size`: ids of its head, where it has one."""
+        super().__init__()
+        sizes = {"offsets": host_size + 1, "tokens": donor["map_size"]} if donor["alignment"] == "map" else {}
+        sizes |= {"begins": host_size, "lands": donor_size} if donor_size is not None else {}
+        for name, size in sizes.items():
+            self.register_buffer(name, torch.zeros(size, dtype=torch.int32))
+
+
 class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     """A host with donors; all arguments of `forward` are the host's.
 
@@ -61,7 +75,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = False
-    _no_split_modules: ClassVar[list[str]] = [cls.__name__ for cls in (*FUSERS.values(), *MIXERS.values())]
+    _no_split_modules: Any = frozenset(cls.__name__ for cls in (*FUSERS.values(), *MIXERS.values()))
 
     def __init__(
         self, config: FusionConfig, host: PreTrainedModel | None = None, donors: Sequence[PreTrainedModel] | None = None
@@ -84,14 +98,10 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             for number, one in enumerate(heads)
             if one.tie_word_embeddings
         }
-        for number, donor in enumerate(config.donors):
-            sizes = {}
-            if donor["alignment"] == "map":
-                sizes = {"offsets": config.text_config.vocab_size + 1, "tokens": donor["map_size"]}
-            if config.fuses_outputs:
-                sizes |= {"begins": config.text_config.vocab_size, "lands": heads[number].vocab_size}
-            for name, size in sizes.items():
-                self.register_buffer(f"{name}_{number}", torch.zeros(size, dtype=torch.int32))
+        self.tables: Any = nn.ModuleList(
+            Tables(donor, config.text_config.vocab_size, heads[number].vocab_size if heads else None)
+            for number, donor in enumerate(config.donors)
+        )
         self.tokenizers: tuple[Any, dict[int, Any]] | None = None  # as of `give_tokenizers`
         self._rules: dict[int, Retokenizer] = {}
         self.control: str | None = None
@@ -100,6 +110,8 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         self._last: torch.Tensor | None = None
         self._hook()
         self.post_init()
+        parts: Any = self.donors  # which are not asked: a layer on two devices could not add what it writes to what it reads
+        self._no_split_modules = {*self._no_split_modules, *(type(one.layers[0]).__name__ for one in parts)}
         self.freeze()
 
     @classmethod
@@ -150,7 +162,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
     def _tables(self, number: int) -> Any:
         """What a donor's stream reads with."""
         if self.config.donors[number]["alignment"] == "map":
-            return getattr(self, f"offsets_{number}"), getattr(self, f"tokens_{number}")
+            return self.tables[number].offsets, self.tables[number].tokens
         if number not in self._rules:
             if self.tokenizers is None:
                 raise FusionError(
@@ -215,9 +227,9 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             if stream.read(input_ids, current, self._tables(number)):
                 donor(**stream.inputs(donor.config, donor.dtype))
                 states = [self._states.pop((number, tap)) for tap in taps]
-            else:  # nothing but control tokens
-                like = donor.embed_tokens.weight
-                states = [like.new_zeros(len(input_ids), 0, like.shape[1]) for _ in taps]
+            else:  # nothing but control tokens, or the beginning of a character
+                shape, where = (len(input_ids), 0, donor.config.hidden_size), input_ids.device
+                states = [torch.zeros(shape, dtype=donor.dtype, device=where) for _ in taps]
             aligned, memories = stream.take(states)
             found.aligned += aligned
             found.memories += memories
@@ -284,7 +296,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         states = [x[:, kept] for x in self._features.aligned]
         ratios = [
-            log_ratio(output.logits, x, partial(self._say, m), getattr(self, f"begins_{m}"), getattr(self, f"lands_{m}"))
+            log_ratio(output.logits, x, partial(self._say, m), self.tables[m].begins, self.tables[m].lands)
             for m, x in enumerate(states)
         ]
         logits = self.fusers[0](output.logits, self._last, states, ratios)

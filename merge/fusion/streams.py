@@ -122,6 +122,7 @@ class Stream(ABC):
             self.keys_values = [{} for _ in states]
         aligned, memories = [], []
         for k, x in enumerate(states):
+            x = x.to(self.last[k].device)  # of no tokens there are states anywhere
             reach = torch.cat([self.last[k][:, None], x], 1)  # entry e: the state after e tokens of this call
             aligned.append(reach.gather(1, self.ends[..., None].expand(-1, -1, x.shape[2]).to(x.device)))
             self.last[k] = aligned[k][:, -1]
