@@ -205,6 +205,21 @@ def test_going_on_with_something_else_is_refused(tmp_path, tiny_cache, text, mon
     assert not (tmp_path / "out").exists()
 
 
+def test_parts_of_a_batch_are_the_batch(tmp_path, tiny_cache, text):
+    """The same updates in pieces; rounding grows through the updates."""
+    recipe, found = recipe_of(text), []
+    for accumulate in (1, 2):
+        trained = replace(recipe, training=replace(recipe.training, accumulate=accumulate))
+        out = tmp_path / f"out-{accumulate}"
+        fuse(parts_of(trained, tiny_cache, dtype="float32"), out)
+        found.append(load_file(out / FUSERS_FILE))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)
+    uneven = replace(recipe, training=replace(recipe.training, accumulate=3))
+    with pytest.raises(FusionError, match="a batch of 2 rows is not shared evenly by 1 process in 3 parts each"):
+        fuse(parts_of(uneven, tiny_cache), tmp_path / "uneven")
+
+
 def test_a_teacher_changes_what_is_learned(tmp_path, tiny_cache, text):
     folder = str(tiny_source(HOST, tiny_cache).folder)
     recipe = recipe_of(text)

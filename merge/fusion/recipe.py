@@ -40,6 +40,7 @@ class Training:
 
     text            files (.txt, .parquet and .jsonl with a column "text") and data sets of the Hub
     block           host tokens in a row; `batch` rows in an update, over all processes
+    accumulate      parts of a process's rows that are run one after the other, for less memory
     warmup          share of the updates in which the rate rises; then it falls to zero as a cosine
     distil          the model whose distribution is learned beside the text, with weight `distil_weight`
     held_out        share of the blocks that are kept from training to measure on
@@ -49,6 +50,7 @@ class Training:
     updates: int = 200
     block: int = 512
     batch: int = 8
+    accumulate: int = 1
     learning_rate: float = 1e-3
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -122,7 +124,7 @@ def _training(found: Fields, content: Any) -> Training | None:
     }
     text, *rest = found.take(content, "training", text=list, **{name: (kind, None) for name, kind in kinds.items()})
     given = {name: value for name, value in zip(kinds, rest, strict=True) if value is not None}
-    for name in ("updates", "block", "batch", "evaluate_every"):
+    for name in ("updates", "block", "batch", "accumulate", "evaluate_every"):
         if given.get(name, 1) < (2 if name == "block" else 1):
             found.problem(f"training: {name!r} is {given[name]}, expected at least {2 if name == 'block' else 1}")
     for name in ("warmup", "held_out"):

@@ -69,8 +69,10 @@ def train(
     """
     accelerator = accelerator or Accelerator()
     world, rank = accelerator.num_processes, accelerator.process_index
-    if recipe.batch % world:
-        raise FusionError(f"a batch of {recipe.batch} rows is not shared evenly by {world} processes; expected a multiple")
+    if recipe.batch % (world * recipe.accumulate):
+        pieces = f" in {recipe.accumulate} parts each" if recipe.accumulate > 1 else ""
+        parts = f"{world} process{'es' * (world > 1)}{pieces}"
+        raise FusionError(f"a batch of {recipe.batch} rows is not shared evenly by {parts}; expected a multiple")
     model.fusers.float()
     optimiser = torch.optim.AdamW(
         model.fusers.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
@@ -89,14 +91,17 @@ def train(
             group["lr"] = rate
         torch.manual_seed(recipe.seed * 1_000_003 + update * world + rank)  # of dropout
         rows = _rows(len(blocks), recipe, update)[rank::world]
-        ids = blocks[rows].to(accelerator.device)
-        logits = wrapped(ids, use_cache=False).logits if logits_of is None else logits_of(rows, ids)
-        loss = _loss(logits[:, :-1].float(), ids, teacher, recipe.distil_weight)
-        accelerator.backward(loss)
+        loss = torch.zeros((), device=accelerator.device)
+        for some in (rows[part :: recipe.accumulate] for part in range(recipe.accumulate)):
+            ids = blocks[some].to(accelerator.device)
+            logits = wrapped(ids, use_cache=False).logits if logits_of is None else logits_of(some, ids)
+            part_loss = _loss(logits[:, :-1].float(), ids, teacher, recipe.distil_weight) / recipe.accumulate
+            accelerator.backward(part_loss)
+            loss += part_loss.detach()
         accelerator.clip_grad_norm_(model.fusers.parameters(), recipe.clip)
         prepared.step()
         prepared.zero_grad()
-        mean = float(accelerator.reduce(loss.detach(), reduction="mean"))
+        mean = float(accelerator.reduce(loss, reduction="mean"))
         if not math.isfinite(mean):
             raise FusionError(f"the loss is no longer a number at update {update + 1}; try a smaller learning_rate")
         last = update + 1 == recipe.updates
