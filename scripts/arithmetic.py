@@ -122,7 +122,7 @@ def hugging_face(arguments: argparse.Namespace) -> int:
     grid = read_grid(arguments.config, CONFIGS)
     todo = grid_cells(grid)
     if arguments.dry_run:
-        print("\n".join([*(cell.folder for cell in todo), "each: trained, " + ", ".join(plans(grid))]))
+        print("\n".join([*(cell.folder for cell in todo), "each: trained, " + ", ".join([*plans(grid), *grid.joined])]))
         return 0
     device = training_device(arguments.device)
     scores = {}

@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import ROOT
+from tiny import CONFIGS, ROOT
 
 from eval.arithmetic.average import average, matched, permuted, target, widened
 from eval.arithmetic.batches import Recipe
@@ -509,6 +509,17 @@ training: {updates: 60, warmup: 5}
 layers: [1]
 alphas: [0.62, 1.0]
 """
+JOINED = """
+schema_version: 1
+families: [llama3-8b, gemma2-2b]
+datasets: [x_minus_y]
+modulus: 5
+size: {hidden_size: 16, intermediate_size: 32, num_attention_heads: 4, num_hidden_layers: 3}
+training: {updates: 150, warmup: 5}
+layers: [1]
+alphas: []
+features: {modes: [attention], updates: 60, rank: 8}
+"""
 
 
 @pytest.mark.parametrize(
@@ -557,16 +568,43 @@ def test_small_models_of_every_family_are_trained_fused_and_scored(run, tmp_path
     assert "one after the other" in run("arithmetic", "--config", "grid.yaml", "--workers", "2", status=2).stderr
 
 
+def test_a_model_that_lost_layers_reads_one_of_another_family(run, tmp_path):
+    (tmp_path / "grid.yaml").write_text(JOINED)
+    done = run("arithmetic", "--config", "grid.yaml", "--out", "hf")
+    for family, other in (("llama3-8b", "gemma2-2b"), ("gemma2-2b", "llama3-8b")):
+        folder = tmp_path / "hf" / family / "x_minus_y_0"
+        scores = json.loads((folder / "scores.json").read_text())
+        assert list(scores) == ["trained", "dropped-1", "dropped-1-reads-attention", "dropped-1-reads-untrained"]
+        host, trained = (load_file(folder / name / "model.safetensors") for name in ("dropped-1", "trained"))
+        tensors = {}
+        for path in (folder / "dropped-1-reads-attention").glob("*.safetensors"):
+            tensors |= load_file(path)
+        for name, value in host.items():
+            assert torch.equal(tensors[f"host.{name}"], value)
+        donor = load_file(tmp_path / "hf" / other / "x_minus_y_0" / "trained" / "model.safetensors")
+        name = "layers.2.mlp.down_proj.weight"
+        assert torch.equal(tensors[f"donors.0.{name}"], donor[f"model.{name}"])
+        assert tensors["fusers.1.out.weight"].any()
+        assert not torch.equal(trained[f"model.{name}"], donor[f"model.{name}"])
+    assert "dropped-1-reads-untrained |" in done.stdout
+    (tmp_path / "grid.yaml").write_text(JOINED.replace("updates: 60", "updates: 61"))
+    assert "other settings of features" in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
+        ("alphas: [0.62, 1.0]", "features: {modes: [sum]}", "no mode 'sum' of reading a donor"),
+        ("alphas: [0.62, 1.0]", "features: {rank: 6}", "rank a multiple of 4"),
         ("llama3-8b", "llama3-8", "no model 'llama3-8'; did you mean llama3-8b"),
         ("[x_plus_y]", "[three_operations]", "no data set 'three_operations' as text"),
         ("layers: [1]", "layers: [4]", "4 layers cannot be removed from 4"),
         ("modulus: 5", "modulos: 5", "unknown key 'modulos'"),
     ],
 )
-def test_a_wrong_grid_is_refused(run, tmp_path, old, new, said):
+def test_a_wrong_grid_is_refused(tmp_path, old, new, said):
+    from eval.arithmetic.hugging_face import read_grid
+
     (tmp_path / "grid.yaml").write_text(GRID.replace(old, new))
-    assert said in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
-    assert not (tmp_path / "hf").exists()
+    with pytest.raises((StudyError, RecordError), match=said):
+        read_grid(tmp_path / "grid.yaml", CONFIGS)

@@ -2,15 +2,14 @@
 
 Every family is built by transformers from its real config with small sizes, trained on questions as text with loss on the
 answer alone, and written as an ordinary folder. Then `merge` makes smaller models of it as of any checkpoint, and lm-eval
-scores all of them on the same validation pairs. Folders are the unit of resuming: each is whole or not there.
-
-Fusion of features across models has its place here too: another maker of folders beside `plans`.
+scores all of them on the same validation pairs. With `features`, the model that lost most layers also reads the trained model
+of the next family (`joined`). Folders are the unit of resuming: each is whole or not there.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 
 from merge.api import Options, merge_checkpoint
+from merge.fusion.configuration_fusion import MODES
 from merge.methods import plan_from_method
 from merge.plan import Plan
 from merge.publish import new_folder, write_whole
@@ -32,6 +32,7 @@ from ..errors import StudyError, near
 from ..load import load_model
 from ..run import own_tasks, run_tasks
 from ..stats import stderr
+from .joined import SETTINGS_FILE, Features, identity, join
 from .study import Cell
 from .tasks import generator, make_task, split
 from .text import SYMBOLS, question, words
@@ -75,6 +76,20 @@ class Grid:
     alphas: tuple[float, ...] = (0.5,)
     size: Size = field(default_factory=Size)
     training: Training = field(default_factory=Training)
+    features: Features | None = None
+
+    @property
+    def host(self) -> str:
+        """The model that reads a donor: the one that lost most layers."""
+        return f"dropped-{max(self.layers)}"
+
+    @property
+    def joined(self) -> dict[str, tuple[str, bool]]:
+        """What is made of host and donor: name -> mode, whether the donor has learned anything."""
+        if self.features is None:
+            return {}
+        found = {f"{self.host}-reads-{mode}": (mode, True) for mode in self.features.modes}
+        return found | {f"{self.host}-reads-untrained": (self.features.modes[0], False)}
 
 
 def read_grid(path: Path, configs: Path) -> Grid:
@@ -85,13 +100,14 @@ def read_grid(path: Path, configs: Path) -> Grid:
     """
     content = read_yaml(path)
     found = Fields(str(path))
-    version, families, datasets, layers, alphas, size, training, *rest = found.take(
+    version, families, datasets, layers, alphas, size, training, features, *rest = found.take(
         content, schema_version=int, families=list, datasets=list, layers=(list, None), alphas=(list, None),
-        size=(dict, None), training=(dict, None), seeds=(int, None), modulus=(int, None), permuted=(int, None),
-        fraction=(float, None),
+        size=(dict, None), training=(dict, None), features=(dict, None), seeds=(int, None), modulus=(int, None),
+        permuted=(int, None), fraction=(float, None),
     )  # fmt: skip
     found.check_version(version)
     sizes, settings = _numbers(found, "size", size, Size), _numbers(found, "training", training, Training)
+    reading = None if features is None else Features(**_numbers(found, "features", features, Features))
     found.done()
     given = dict(zip(("seeds", "modulus", "permuted", "fraction"), rest, strict=True))
     if layers is not None:
@@ -100,7 +116,7 @@ def read_grid(path: Path, configs: Path) -> Grid:
         given["alphas"] = tuple(alphas)
     grid = Grid(
         tuple(map(str, families)), tuple(map(str, datasets)), size=Size(**sizes), training=Training(**settings),
-        **{key: value for key, value in given.items() if value is not None},
+        features=reading, **{key: value for key, value in given.items() if value is not None},
     )  # fmt: skip
     known = sorted(one.stem for one in (configs / "models").glob("*.json"))
     for family in grid.families:
@@ -127,13 +143,26 @@ def read_grid(path: Path, configs: Path) -> Grid:
     if grid.size.hidden_size % grid.size.num_attention_heads:
         raise StudyError(f"{grid.size.num_attention_heads} heads do not divide the width {grid.size.hidden_size}")
     plans(grid)  # alphas that cannot be are refused before anything is trained
+    if reading is not None:
+        _check_features(grid, reading)
     return grid
 
 
 def _numbers(found: Fields, what: str, content: Any, kind: type) -> dict[str, Any]:
-    names = {key.name: type(key.default) for key in fields(kind)}
+    names = {key.name: list if key.default.__class__ is tuple else type(key.default) for key in fields(kind)}
     values = found.take(content or {}, what, **{key: (number, None) for key, number in names.items()})
-    return {key: value for key, value in zip(names, values, strict=True) if value is not None}
+    given = {key: value for key, value in zip(names, values, strict=True) if value is not None}
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+
+def _check_features(grid: Grid, features: Features) -> None:
+    for mode in features.modes:
+        if mode not in MODES:
+            raise StudyError(f"there is no mode {mode!r} of reading a donor{near(str(mode), MODES)}")
+    if not features.modes or min(features.updates, features.rank) < 1 or features.rank % 4:
+        raise StudyError("features: modes must not be empty, updates at least 1, rank a multiple of 4")
+    if len(grid.families) < 2 or not grid.layers:
+        raise StudyError("features need two families, one of which reads the other, and layers to remove from the host")
 
 
 def grid_cells(grid: Grid) -> list[Cell]:
@@ -158,16 +187,7 @@ def make_cell(
 ) -> dict[str, float]:
     """Trains and merges what is not there yet, and scores all; name of a model -> validation accuracy."""
     folder = out / cell.folder
-    identity = json.dumps([asdict(grid.size), asdict(grid.training), grid.modulus, grid.permuted, grid.fraction, asdict(cell)])
-    trained = folder / "trained"
-    if not trained.exists():
-        with new_folder(trained) as scratch:
-            train_family(grid, cell, scratch, configs, progress, device)
-            (scratch / "grid.json").write_text(identity + "\n")
-    else:
-        progress(grid.training.updates)
-        if (trained / "grid.json").read_text().strip() != identity:
-            raise StudyError(f"{folder} was made with other settings; give another --out, or remove that folder with all in it")
+    trained = train_cell(grid, cell, out, configs, progress, device=device)
     scores = {"trained": score(grid, cell, trained, device)}
     # Gemma 2's layers attend in windows by turns; questions are shorter than any window.
     options = Options(dtype="float32", allow_mixed_attention=True)
@@ -176,16 +196,79 @@ def make_cell(
         if not target.exists():
             merge_checkpoint(plan, Source(str(trained), trained), target, options)
         scores[name] = score(grid, cell, target, device)
+    for name, (mode, learned) in grid.joined.items():
+        target = folder / name
+        settings = grid.features or Features()
+        if target.exists() and (target / SETTINGS_FILE).read_text() != identity(settings):
+            raise StudyError(f"{target} was made with other settings of features; give another --out, or remove it")
+        if not target.exists():
+            donor = find_donor(grid, cell, out, configs, learned=learned, device=device)
+            tokens = training_tokens(grid, cell)[1]
+            join(settings, mode, folder / grid.host, donor, tokens, target, device)
+        scores[name] = score(grid, cell, target, device)
     write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+def train_cell(
+    grid: Grid,
+    cell: Cell,
+    out: Path,
+    configs: Path,
+    progress: Callable[[int], None] = lambda updates: None,
+    *,
+    device: str = "cpu",
+) -> Path:
+    """The folder of a cell's trained model, trained if it is not there yet.
+
+    Raises:
+        StudyError: it was trained with other settings, or its loss is no longer a number.
+    """
+    folder = out / cell.folder / "trained"
+    settings = json.dumps([asdict(grid.size), asdict(grid.training), grid.modulus, grid.permuted, grid.fraction, asdict(cell)])
+    if not folder.exists():
+        with new_folder(folder) as scratch:
+            train_family(grid, cell, scratch, configs, progress, device)
+            (scratch / "grid.json").write_text(settings + "\n")
+        return folder
+    progress(grid.training.updates)
+    if (folder / "grid.json").read_text().strip() != settings:
+        raise StudyError(
+            f"{folder.parent} was made with other settings; give another --out, or remove that folder with all in it"
+        )
+    return folder
+
+
+def find_donor(grid: Grid, cell: Cell, out: Path, configs: Path, *, learned: bool, device: str) -> Path:
+    """The folder of the next family's model of the same data set and seed; `learned`: trained, or as it was before."""
+    family = grid.families[(grid.families.index(cell.run) + 1) % len(grid.families)]
+    other = replace(cell, run=family)
+    if learned:
+        return train_cell(grid, other, out, configs, device=device)
+    folder = out / other.folder / "untrained"
+    if not folder.exists():
+        with new_folder(folder) as scratch:
+            untrained = replace(grid, training=replace(grid.training, updates=0))
+            train_family(untrained, other, scratch, configs, lambda updates: None, device)
+    return folder
+
+
+def training_tokens(grid: Grid, cell: Cell) -> tuple[Any, torch.Tensor]:
+    """(the tokenizer, token ids [N, T] of the training pairs with their answers, which come last)."""
+    task = make_task(cell.dataset, grid.modulus, grid.permuted)
+    tokenizer = word_tokenizer(words(task, grid.permuted), SYMBOLS[cell.dataset])
+    parts, written = split(task, cell.seed, grid.fraction), words(task, grid.permuted)
+    texts = []
+    for a, b, answer in zip(*(x[parts.train].tolist() for x in (task.a, task.b, task.answer)), strict=True):
+        texts.append(f"{question(task, written[a], written[b])} {written[answer]}")
+    return tokenizer, torch.tensor(tokenizer(texts)["input_ids"])
 
 
 def train_family(
     grid: Grid, cell: Cell, folder: Path, configs: Path, progress: Callable[[int], None], device: str = "cpu"
 ) -> None:
     """Writes a trained model and its tokenizer into `folder`."""
-    task = make_task(cell.dataset, grid.modulus, grid.permuted)
-    tokenizer = word_tokenizer(words(task, grid.permuted), SYMBOLS[cell.dataset])
+    tokenizer, tokens = training_tokens(grid, cell)
     record = read_json(configs / "models" / f"{cell.run}.json")["config"]
     config = transformers.AutoConfig.for_model(**trained_config(record, grid.size, tokenizer))
     with torch.random.fork_rng(devices=[]):
@@ -193,11 +276,7 @@ def train_family(
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").to(
             device
         )
-    parts, written = split(task, cell.seed, grid.fraction), words(task, grid.permuted)
-    texts = []
-    for a, b, answer in zip(*(x[parts.train].tolist() for x in (task.a, task.b, task.answer)), strict=True):
-        texts.append(f"{question(task, written[a], written[b])} {written[answer]}")
-    tokens = torch.tensor(tokenizer(texts)["input_ids"], device=device)
+    tokens = tokens.to(device)
     recipe = grid.training
     optimiser = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=recipe.weight_decay
@@ -255,7 +334,7 @@ def score(grid: Grid, cell: Cell, folder: Path, device: str) -> float:
 
 def grid_table(grid: Grid, scores: Mapping[Cell, Mapping[str, float]]) -> str:
     """Markdown: a row per family and data set, a column per model; means over seeds."""
-    names = ["trained", *plans(grid)]
+    names = ["trained", *plans(grid), *grid.joined]
     lines = ["| family | data set | " + " | ".join(names) + " |", "|---|---|" + "---|" * len(names)]
     for family in grid.families:
         for dataset in grid.datasets:
