@@ -91,25 +91,32 @@ def main() -> None:
     bench = Bench(
         {name: (texts[name],) for name in ("prose", "code")},
         modes,
+        controlled="attention" if "attention" in modes else modes[0],
         outputs=tuple(name for name in arguments.outputs.split(",") if name),
         documents=arguments.documents,
         max_bytes=1000,
         seeds=arguments.seeds,
-        mmlu=Mmlu(arguments.mmlu, shots=0, limit=arguments.questions) if arguments.mmlu else None,
+        mmlu=Mmlu(arguments.mmlu, num_fewshot=0, limit=arguments.questions) if arguments.mmlu else None,
     )
     arms = Arms(parts, assembled, bench, "cpu", "float32")
-    result: dict[str, Any] = {"threads": torch.get_num_threads(), **overhead(arms.model, arguments.repeats)}
+    result: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "alignment": arguments.alignment,
+        **overhead(arms.model, arguments.repeats),
+    }
     for key, value in result.items():
         print(f"{key:32} {value}", flush=True)
     if arguments.updates:
         rows = []
+        results = out / f"results-{arguments.alignment}"
+        results.mkdir(exist_ok=True)
         for row in arms.rows():
             rows.append(row)
             print(table(rows, bench).splitlines()[-1], flush=True)
-            (out / "results.json").write_text(json.dumps(record(rows, bench), indent=1) + "\n")
+            (results / "results.json").write_text(json.dumps(record(rows, bench), indent=1) + "\n")
         text = table(rows, bench) + "\n" + "".join(f"- {line}\n" for line in claims(rows, bench))
-        (out / "table.md").write_text(text)
-        differences(out / "differences.png", rows, bench)
+        (results / "table.md").write_text(text)
+        differences(results / "differences.png", rows, bench)
         print(text)
         result["claims"] = claims(rows, bench)
         result["bits_per_byte"] = {

@@ -2,7 +2,7 @@
 
     fused      host and donor as one model; host: the host alone; donor: the donor alone, on as many tokens as it reads
     prefill    host tokens per second of one pass without a cache
-    decode     host tokens per second, batches of 1 and 16, after a prompt
+    decode     host tokens per second, batches of 1 and 16; reading the prompt is in the time
     train      host tokens per second of updates of the fusers (forward, backward, AdamW)
 
 Beside each the share of what the floating-point operations would take at --peak (2 per weight and token forward; training adds
@@ -60,8 +60,8 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     model = fused(arguments, torch)
     model.requires_grad_(False)
-    ids = torch.randint(5, 100_000, (arguments.rows, arguments.tokens), generator=torch.Generator().manual_seed(0))
-    ids = ids.clamp(max=model.config.text_config.vocab_size - 1).to(device)
+    shape, size = (arguments.rows, arguments.tokens), model.config.text_config.vocab_size
+    ids = torch.randint(5, size, shape, generator=torch.Generator().manual_seed(0)).to(device)
     count = round(arguments.tokens * DONOR_TOKENS)
     donor_ids = ids[:, :1].expand(-1, count).clamp(max=model.donors[0].config.vocab_size - 1)
     per_token = operations(model)
@@ -74,7 +74,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu",
         "dtype": arguments.dtype,
         "tokens": [arguments.rows, arguments.tokens],
-        "gflop_per_token": {name: round(value / 1e9, 3) for name, value in per_token.items()},
+        "gflop_per_token": {name: round(per_token[name] / 1e9, 3) for name in ("forward", "train")},
     }
 
     def timed(work: Callable[[], object], tokens: int) -> float:
@@ -100,7 +100,7 @@ def main() -> None:
             work()
         return round((weight_bytes(model) + memory.peak) / 1e9, 3)
 
-    with torch.inference_mode():
+    with torch.no_grad():
         works = {
             "fused": lambda: model(ids, use_cache=False, logits_to_keep=1),
             "host": lambda: model.host(ids, use_cache=False, logits_to_keep=1),
@@ -134,7 +134,7 @@ def main() -> None:
         "prefill": round(speeds["fused"] * per_token["forward"] / arguments.peak, 4),
         "train": round(result["train_tokens_per_s"] * per_token["train"] / arguments.peak, 4),
     }
-    read = weight_bytes(model) / arguments.bandwidth
+    read = per_token["read"] * model.host.dtype.itemsize / arguments.bandwidth
     result["decode_of_bandwidth"] = round(result["decode_tokens_per_s"]["fused, batch 1"] * read, 4)
     for key, value in result.items():
         print(f"{key:28} {value}")
@@ -176,7 +176,7 @@ def fused(arguments: argparse.Namespace, torch: Any) -> Any:
 
 
 def operations(model: Any) -> dict[str, float]:
-    """Floating-point operations per host token, but for attention's own."""
+    """Floating-point operations per host token, but for attention's own; `read`: weights that a step reads, tables left out."""
 
     def weights(module: Any) -> int:
         return sum(value.numel() for value in module.parameters())
@@ -186,7 +186,8 @@ def operations(model: Any) -> dict[str, float]:
     fusers = weights(model.fusers)
     forward = 2.0 * (sum(layers) + head + fusers + DONOR_TOKENS * weights(model.donors[0].layers))
     first = min(model.config.fusion["sites"])
-    return {"forward": forward, "train": forward + 2.0 * (sum(layers[first:]) + head + 2 * fusers)}
+    read = sum(layers) + head + fusers + weights(model.donors[0].layers)
+    return {"read": float(read), "forward": forward, "train": forward + 2.0 * (sum(layers[first:]) + head + 2 * fusers)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ kept, since comparisons are made document by document.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,13 +44,22 @@ def pieces(documents: Sequence[str], num_bytes: int) -> list[str]:
     found = []
     for document in documents:
         piece = ""
-        for line in document.splitlines(keepends=True):
+        for line in (part for one in document.splitlines(keepends=True) for part in _at_most(one, num_bytes)):
             if piece and len((piece + line).encode()) > num_bytes:
                 found.append(piece)
                 piece = ""
             piece += line
         found.append(piece)
-    return found
+    return [piece for piece in found if piece.strip()]
+
+
+def _at_most(line: str, num_bytes: int) -> Iterator[str]:
+    """A line in parts; a character is never cut."""
+    data = line.encode()
+    while data:
+        part = data[:num_bytes].decode(errors="ignore") or data.decode()[0]
+        yield part
+        data = data[len(part.encode()) :]
 
 
 @torch.inference_mode()

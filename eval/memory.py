@@ -1,8 +1,8 @@
 """How much memory a forward pass takes beside the weights, on any device: every storage that operators make is followed.
 
-Scratch space inside an operator is not seen. On a GPU the allocator counts that as well, and more cheaply
-(`torch.cuda.max_memory_allocated`); on a CPU there is no such count, and the resident set of a process says what the process
-has ever held.
+Scratch space inside an operator is not seen, and under inference_mode neither is what composite operators hold. On a GPU the
+allocator counts that as well, and more cheaply (`torch.cuda.max_memory_allocated`); on a CPU there is no such count, and the
+resident set of a process says what the process has ever held.
 """
 
 import weakref

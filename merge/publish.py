@@ -46,6 +46,7 @@ def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = No
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield scratch
+            _open_modes(scratch)
             _flush(scratch, lock)
             check_target(target, overwrite=overwrite, marker=marker)  # it may have appeared meanwhile
             _publish(scratch, target, overwrite)
@@ -77,6 +78,14 @@ def check_target(target: Path, *, overwrite: bool = False, marker: str | None = 
         raise OutputError(f"{target} is not empty; choose another name, or replace it with --overwrite")
     if marker is not None and not (target / marker).is_file():
         raise OutputError(f"{target} holds no {marker}, so it is not an output of this program; remove it yourself")
+
+
+def _open_modes(folder: Path) -> None:
+    """Has files follow the umask, as the folder does; safetensors makes its own for the owner alone. Links are not touched."""
+    wanted = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1 and wanted & ~path.stat().st_mode:
+            path.chmod(path.stat().st_mode | wanted)
 
 
 def remove_dead_scratch(target: Path) -> list[Path]:

@@ -6,6 +6,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,23 @@ def parse_json(text: bytes | str, where: str) -> Any:
         raise RecordError(f"{where} is not valid JSON: {error}") from error
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key that stands twice; reads 1e-3 as a number, as YAML 1.2 and JSON do, and PyYAML by itself does not."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} stands twice in one mapping, line {node.start_mark.line + 1}")
+        found: dict[Any, Any] = super().construct_mapping(node, deep)
+        return found
+
+
+_UniqueKeys.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
 def read_yaml(path: Path) -> Any:
     """The content of a YAML file, of which JSON is a part.
 
@@ -61,17 +79,8 @@ def read_yaml(path: Path) -> Any:
         RecordError: it cannot be read, is not YAML, or repeats a key.
     """
 
-    class UniqueKeys(yaml.SafeLoader):
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = sorted({str(key) for key in keys if keys.count(key) > 1})
-            if twice:
-                raise yaml.YAMLError(f"{', '.join(twice)} stands twice in one mapping, line {node.start_mark.line + 1}")
-            found: dict[Any, Any] = super().construct_mapping(node, deep)
-            return found
-
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
         raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -48,6 +48,7 @@ def main(arguments: argparse.Namespace) -> int:
     recipe = change(read_recipe(arguments.config), arguments)
     models = [recipe.host, *recipe.donors]
     sources = [resolve(one.model, revision=one.revision, configs=CONFIGS, headers_only=arguments.dry_run) for one in models]
+    distil = recipe.training.distil if recipe.training else None
     parts = make_parts(recipe, sources, dtype=arguments.dtype)
     if arguments.dry_run:
         print(described(parts))
@@ -65,7 +66,8 @@ def main(arguments: argparse.Namespace) -> int:
                 logging.info("update %d: loss %.4f, held out %.4f", row["update"], row["loss"], row["held_out"])
 
         found = fuse(
-            parts, out, device=device, accelerator=accelerator, overwrite=arguments.overwrite,
+            parts, out, device=device, accelerator=accelerator,
+            teacher=resolve(distil, configs=CONFIGS) if distil else None, overwrite=arguments.overwrite,
             command=shlex.join(["python", *sys.argv]), copying=bar("copying", arguments.quiet), training=told,
         )  # fmt: skip
     if first:
@@ -131,4 +133,4 @@ def draw(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(main, options(), "stopped; the same command goes on from the last checkpoint")
+    run(main, options(), "stopped; the same command goes on from the last checkpoint, which training writes once a minute")

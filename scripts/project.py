@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from merge.fusion.positions import Align
 
 EXAMPLES = """\
-  python scripts/project.py --host tiny:llama3-8b --donor tiny:gemma2-2b --text docs/merging.md --out runs/projected
   python scripts/project.py --host HOST --donor DONOR --text "train/*.txt" --held-out test.txt --out runs/projected
-  python scripts/project.py --host HOST --donor DONOR --text a.txt --alpha 0.1 --force --out runs/projected"""
+  python scripts/project.py --host HOST --donor DONOR --text a.txt --alpha 0.1 --force --out runs/projected
+  python scripts/project.py --host tiny:phi3-mini --donor tiny:gemma2-2b --text README.md --alpha 0.1 --force --out OUT"""
 DOCUMENT_BYTES = 2000  # long texts are cut into documents of this size, at line ends
 
 
@@ -36,7 +36,7 @@ def options() -> argparse.ArgumentParser:
     step = result.add_argument_group("step")
     step.add_argument("--alpha", type=float, help="write this one (default: the best of --alphas)")
     step.add_argument("--alphas", default="0.05,0.1,0.25", metavar="A,B,...", help="to try (default: %(default)s)")
-    step.add_argument("--basis", default="ridge", help="ridge or procrustes (default: ridge)")
+    step.add_argument("--basis", default="ridge", choices=("ridge", "procrustes"), help="default: ridge")
     step.add_argument("--layers-per-pass", type=int, metavar="N", help="fewer take less memory (default: as many as fit)")
     step.add_argument("--force", action="store_true", help="write it although held-out loss rises")
     add_run_options(result)
@@ -64,8 +64,8 @@ def main(arguments: argparse.Namespace) -> int:
     sources = [resolve(spec, configs=CONFIGS) for spec in (arguments.host, arguments.donor)]
     host, donor = (load_model(one.checkpoint(), arguments.device, arguments.dtype)[0] for one in sources)
     align = aligned(host, donor, arguments.max_tokens)
-    layers, each = len(host.model.base_model.layers), moment_bytes(host.model)
-    step = arguments.layers_per_pass or min(layers, room_for(each))
+    each, layers = moment_bytes(host.model), len(host.model.base_model.layers)
+    step = arguments.layers_per_pass or min(layers, room_for(each, host.device))
     batch = 8 if arguments.batch_size == "auto" else int(arguments.batch_size)
     logging.info("%d of %d layers at a time, %.1f GB of moments", step, layers, step * each / 1e9)
     positions = sum(len(align([text]).host_positions) for text in texts) * passes(layers, step)
@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> int:
         from merge.fusion.errors import FusionError
 
         raise FusionError(
-            "no alpha lowers held-out loss, as is to be expected of independently trained models; nothing was written "
+            "no alpha lowers held-out loss, which is what mostly happens without training afterwards; nothing was written "
             f"(--alpha {min(alphas):g} --force would write that one)"
         )
     names = [one.name for one in sources]
@@ -127,7 +127,7 @@ def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     texts = texts[: arguments.documents]
     if not texts:
         raise FusionError(
-            f"{arguments.text} is a single document of at most {DOCUMENT_BYTES} bytes, and one is held out; give more text, or "
+            f"{arguments.text} is a single document of {DOCUMENT_BYTES} bytes or less, and one is held out; give more text, or "
             "--held-out"
         )
     return texts, held_out[: max(1, arguments.documents // 4)]
@@ -156,11 +156,13 @@ def aligned(host: Any, donor: Any, max_tokens: int) -> "Align":
     return mapped_tokens(encode, table, max_tokens, skip=len(begin))
 
 
-def room_for(each: int) -> int:
-    """How many layers' moments a third of the free memory has room for."""
+def room_for(each: int, device: Any) -> int:
+    """How many layers' moments a third of the device's free memory has room for."""
     import psutil
+    import torch
 
-    return max(1, int(psutil.virtual_memory().available / 3 // each))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return max(1, int(free / 3 // each))
 
 
 def described(report: Any) -> str:

@@ -1,10 +1,14 @@
 """Small fused models: real families' configs with few layers, random weights, and tables that no tokenizers are needed for."""
 
 import functools
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import torch
-from tiny import CONFIGS
+from tiny import CONFIGS, ROOT
 from tokenizers_for_tests import CODE, PROSE, small
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -106,3 +110,31 @@ def some_ids(rows=3, length=17, seed=1):
     """Host ids of pieces of text."""
     starts = torch.randint(0, len(_text_ids()) - length, (rows,), generator=torch.Generator().manual_seed(seed))
     return torch.stack([_text_ids()[start : start + length] for start in starts.tolist()])
+
+
+def elsewhere(folder):
+    """The environment of a process that does not know this package, and has no network."""
+    kept = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(ROOT)]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    return os.environ | offline | {"HF_HOME": str(folder / "hub"), "PYTHONPATH": os.pathsep.join(kept)}
+
+
+def loaded_elsewhere(folder, ids, expected):
+    """Loads a folder with trust_remote_code in a process of its own; its last logits of ids [1, T] are `expected` [V]."""
+    program = f"""
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True).eval()
+ids = torch.tensor({ids.tolist()})
+with torch.no_grad():
+    logits = model(ids).logits.float()
+written = model.generate(ids, max_new_tokens=2, min_new_tokens=2)
+print(json.dumps([logits[0, -1].tolist(), written.shape[1], [name for name in sys.modules if name.split(".")[0] == "merge"]]))
+"""
+    command, where = [sys.executable, "-c", program], folder.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=where, env=elsewhere(where), timeout=300)
+    assert done.returncode == 0, done.stderr
+    logits, length, ours = json.loads(done.stdout.splitlines()[-1])
+    torch.testing.assert_close(torch.tensor(logits), expected.float(), rtol=0, atol=1e-6)
+    assert length == ids.shape[1] + 2
+    assert ours == []

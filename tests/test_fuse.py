@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from fused import loaded_elsewhere
 from safetensors.torch import load_file
 from tiny import CONFIGS, ROOT, load, tiny_source
 from transformers import AutoModelForCausalLM
@@ -34,7 +35,7 @@ TEXT = "".join(f"Line {i} of a text that says {i * i} and then some more.\n" for
 CONFIG = """\
 schema_version: 1
 host: {model: "tiny:llama3.2-1b"}
-donors: [{model: "tiny:phi3-mini", taps: [3]}]
+donors: [{model: "tiny:phi3-mini", taps: [3], alignment: prefix}]
 fusion: {mode: gate, sites: [1.0], rank: 8, heads: 2}
 training: {text: [text.txt], updates: 4, block: 16, batch: 2, learning_rate: 0.01, evaluate_every: 2}
 """
@@ -52,7 +53,7 @@ def text(tmp_path_factory):
 
 def recipe_of(text=None, **changes):
     settings = Training((str(text),), updates=6, block=16, batch=2, learning_rate=0.01, evaluate_every=3) if text else None
-    donors = (Backbone("tiny:gemma2-2b", taps=(0.1, 0.2)), Backbone("tiny:phi3-mini", taps=(3,)))
+    donors = (Backbone("tiny:gemma2-2b", taps=(0.1, 0.2)), Backbone("tiny:phi3-mini", taps=(3,), alignment="prefix"))
     return replace(Recipe(Backbone(f"tiny:{HOST}"), donors, FUSION, training=settings), **changes)
 
 
@@ -104,7 +105,7 @@ def test_donors_read_the_hosts_bytes(tmp_path, tiny_cache, alignment):
     recipe = replace(recipe, donors=(replace(recipe.donors[0], alignment=alignment), recipe.donors[1]))
     fuse(parts_of(recipe, tiny_cache), tmp_path / "out")
     assert (tmp_path / "out" / "donor-0").is_dir() == (alignment == "prefix")
-    assert not (tmp_path / "out" / "donor-1").exists()
+    assert (tmp_path / "out" / "donor-1").is_dir()
     model = load(tmp_path / "out")
     ids = torch.tensor([[256, *TEXT.encode()[:30]]])
     with torch.no_grad():
@@ -157,6 +158,14 @@ def test_training_lowers_the_loss_and_changes_fusers_only(tmp_path, tiny_cache, 
     assert [one["spec"] for one in record["sources"]] == [f"tiny:{name}" for name in (HOST, *DONORS)]
 
 
+def test_the_folder_brings_its_code(tmp_path, tiny_cache):
+    fuse(parts_of(recipe_of(), tiny_cache, dtype="float32"), tmp_path / "out")
+    ids = torch.tensor([[256, *TEXT.encode()[:40]]])
+    with torch.no_grad():
+        expected = load(tmp_path / "out")(ids).logits[0, -1]
+    loaded_elsewhere(tmp_path / "out", ids, expected)
+
+
 def tokenizer(cache):
     from transformers import AutoTokenizer
 
@@ -193,29 +202,80 @@ def test_going_on_with_something_else_is_refused(tmp_path, tiny_cache, text, mon
 
     with pytest.raises(StoppedError):
         fuse(parts_of(recipe, tiny_cache), tmp_path / "out", training=stop)
-    other = replace(recipe, training=replace(recipe.training, updates=7))
-    with pytest.raises(FusionError, match=r"out\.work is of another recipe; give another --out, or remove that folder"):
-        fuse(parts_of(other, tiny_cache), tmp_path / "out")
+    other = replace(recipe, fusion=FUSION | {"rank": 4})
+    wide = parts_of(recipe, tiny_cache, dtype="float32")
+    for changed in (parts_of(other, tiny_cache), wide):
+        with pytest.raises(FusionError, match=r"out\.work is of another recipe; give another --out, or remove that folder"):
+            fuse(changed, tmp_path / "out")
     parts = parts_of(recipe, tiny_cache)
     record = json.loads((tmp_path / "out.work" / "assembled" / RECORD_FILE).read_text())
     record["sources"][1]["header_sha256"] = {"model.safetensors": "0" * 64}
     (tmp_path / "out.work" / "assembled" / RECORD_FILE).write_text(json.dumps(record))
     with pytest.raises(FusionError, match="is of sources that have changed since"):
         fuse(parts, tmp_path / "out")
+    (tmp_path / "out.work" / "assembled" / RECORD_FILE).unlink()
+    with pytest.raises(FusionError, match=r"fusion\.json cannot be read: .*; remove .*out\.work to begin anew"):
+        fuse(parts, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_other_training_goes_on_with_the_untrained_model(tmp_path, tiny_cache, text, monkeypatch):
+    def stop(tokens, row):
+        raise StoppedError
+
+    recipe = recipe_of(text)
+    with pytest.raises(StoppedError):
+        fuse(parts_of(recipe, tiny_cache), tmp_path / "out", training=stop)
+    written = (tmp_path / "out.work" / "assembled" / "config.json").stat().st_mtime_ns
+    other = replace(recipe, training=replace(recipe.training, updates=2, learning_rate=0.02))
+    fuse(parts_of(other, tiny_cache), tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == written
+    fuse(parts_of(other, tiny_cache), tmp_path / "anew")
+    assert (tmp_path / "out" / FUSERS_FILE).read_bytes() == (tmp_path / "anew" / FUSERS_FILE).read_bytes()
+    mode = (tmp_path / "out").stat().st_mode & 0o666
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir() if path.is_file()} == {mode}
+
+
+def test_what_is_damaged_is_named(tmp_path, tiny_cache, text, monkeypatch):
+    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
+
+    def stop(tokens, row):
+        if row["update"] == 3:
+            raise StoppedError
+
+    recipe, work = recipe_of(text), tmp_path / "out.work"
+    with pytest.raises(StoppedError):
+        fuse(parts_of(recipe, tiny_cache), tmp_path / "out", training=stop)
+    for file, said in (
+        (work / "training" / "state.safetensors", "is damaged .*; remove it to train anew"),
+        (next((work / "assembled").glob("model-host-*.safetensors")), "is damaged .*; remove .*out.work to begin anew"),
+    ):
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-200])
+        with pytest.raises(FusionError, match=said):
+            fuse(parts_of(recipe, tiny_cache), tmp_path / "out")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("change", [{"gradient_accumulation_steps": 3}, {"distil": "tiny-model-that-is-not-there"}], ids=str)
+def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, tiny_cache, text, change):
+    recipe = recipe_of(text)
+    with pytest.raises((FusionError, MergeError)):
+        fuse(parts_of(replace(recipe, training=replace(recipe.training, **change)), tiny_cache), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_parts_of_a_batch_are_the_batch(tmp_path, tiny_cache, text):
     """The same updates in pieces; rounding grows through the updates."""
     recipe, found = recipe_of(text), []
-    for accumulate in (1, 2):
-        trained = replace(recipe, training=replace(recipe.training, accumulate=accumulate))
-        out = tmp_path / f"out-{accumulate}"
+    for steps in (1, 2):
+        trained = replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=steps))
+        out = tmp_path / f"out-{steps}"
         fuse(parts_of(trained, tiny_cache, dtype="float32"), out)
         found.append(load_file(out / FUSERS_FILE))
     for name, value in found[0].items():
         torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)
-    uneven = replace(recipe, training=replace(recipe.training, accumulate=3))
+    uneven = replace(recipe, training=replace(recipe.training, gradient_accumulation_steps=3))
     with pytest.raises(FusionError, match="a batch of 2 rows is not shared evenly by 1 process in 3 parts each"):
         fuse(parts_of(uneven, tiny_cache), tmp_path / "uneven")
 
@@ -249,7 +309,7 @@ def test_states_that_are_not_finite_are_refused(tmp_path, tiny_cache, text):
     fuse(parts_of(recipe_of(), tiny_cache), tmp_path / "out")
     model = load_fused(tmp_path / "out", "cpu")
     model.donors[1].embed_tokens.weight[65:70] = float("inf")
-    with pytest.raises(FusionError, match=r"donor 1: its states after layer 3 are not finite in torch\.bfloat16"):
+    with pytest.raises(FusionError, match=r"donor 1: its states after layer 3 are not finite in bfloat16; run it in float32"):
         check_finite(model, torch.tensor([[65, 66, 67]]))
 
 
@@ -284,7 +344,14 @@ def test_layers_are_numbers_or_shares():
         ("donors:", "doners:", "unknown key 'doners' (did you mean 'donors'?)"),
         ("updates: 4", "updates: 0", "'updates' is 0, expected at least 1"),
         ("block: 16", "block: 1", "'block' is 1, expected at least 2"),
-        ("mode: gate", "modus: gate", "fusion has no 'modus'"),
+        ("mode: gate", "modus: gate", "fusion: unknown key 'modus' (did you mean 'mode'?)"),
+        ("mode: gate", "mode: [gate]", "fusion: 'mode' is"),
+        ("sites: [1.0]", "sites: 1.0", "fusion: 'sites' is 1.0"),
+        (", block: 16", ", seed: -1", "'seed' is -1, expected 0 to 2 ** 32"),
+        ("learning_rate: 0.01", "learning_rate: -1e-3", "'learning_rate' is -0.001, expected a number above 0"),
+        ("learning_rate: 0.01", "clip: 0", "'clip' is 0, expected a number above 0"),
+        ('"tiny:llama3.2-1b"', '""', "host: 'model' is empty"),
+        ("[text.txt]", "[.]", ". is a folder; expected files, such as"),
         ("[text.txt]", "[]", "'text' must name at least one"),
         ("[text.txt]", "[missing.txt]", "missing.txt: there is no such file"),
         ("[text.txt]", "[empty.txt]", "empty.txt holds no text"),

@@ -14,7 +14,7 @@ from test_mmlu import write_archive
 from tiny import ROOT, load, tiny_source
 from transformers import AutoTokenizer
 
-from eval.bits import Bits, cut, difference, measure
+from eval.bits import Bits, cut, difference, measure, pieces
 from eval.errors import DataError, EvalError
 from eval.fusion_bench import Arms, Bench, Measured, Row, claims, pooled, read_bench, table
 from eval.lora import LoraHost
@@ -30,12 +30,12 @@ TEXT = "".join(f"Line {i} of a text that says {i * i} and then some more.\n" for
 CONFIG = """\
 schema_version: 1
 host: {model: "tiny:llama3.2-1b"}
-donors: [{model: "tiny:phi3-mini", taps: [3]}]
+donors: [{model: "tiny:phi3-mini", taps: [3], alignment: prefix}]
 fusion: {sites: [1.0], rank: 8, heads: 2}
 training: {text: [text.txt], updates: 2, block: 16, batch: 2, learning_rate: 0.01}
 bench:
   domains: {prose: text.txt, more: [text.txt]}
-  mmlu: {data_dir: questions, subjects: [anatomy, virology], shots: 0, limit: 2}
+  mmlu: {data_dir: questions, subjects: [anatomy, virology], num_fewshot: 0, limit: 2}
   arms: [weighted, attention]
   documents: 6
   max_bytes: 60
@@ -61,6 +61,13 @@ def test_bits_per_byte_are_the_log_probabilities_of_all_tokens(llama):
 
 def test_documents_are_cut_between_characters():
     assert cut(["aé", "éé", " ", "abc"], 2) == ["a", "é", "ab"]
+
+
+def test_long_texts_become_documents():
+    text = "one\ntwo\n" + "é" * 10 + "\n\n   \nthree\n"
+    found = pieces([text, "", "  "], 8)
+    assert found == ["one\ntwo\n", "éééé", "éééé", "éé\n\n", "three\n"]
+    assert "".join("".join(pieces([text], 3)).split()) == "".join(text.split())
 
 
 def test_the_difference_is_of_sums_with_an_error_over_documents():
@@ -151,6 +158,7 @@ def test_a_gain_is_claimed_only_beyond_every_control():
     assert "not better than enough controls" in said
     (said,) = claims(rows_with(attention=-0.1, **controls, lora=0.1), bench)
     assert "host +0.099" in said
+    assert claims(rows_with(weighted=0.1), bench) == []
     shown = table(rows_with(attention=0.3), bench).splitlines()
     assert shown[2].startswith("| host | 100 | 10 |")
     assert "-0.3" in shown[3]
@@ -170,7 +178,8 @@ def test_a_gain_is_claimed_only_beyond_every_control():
         ("documents: 6", "controls: [nothing]", "no control 'nothing'; there are zero"),
         ("documents: 6", "documents: 0", "must be at least 1"),
         ("more:", "mmlu:", "a domain is named mmlu"),
-        ("shots: 0", "shot: 0", "unknown key 'shot'"),
+        ("limit: 2", "limit: 0", "limit at least 1"),
+        ("num_fewshot: 0", "num_shot: 0", "unknown key 'num_shot'"),
     ],
 )
 def test_a_wrong_comparison_is_refused(tmp_path, old, new, said):
@@ -229,7 +238,7 @@ def test_the_whole_comparison(run, tmp_path):
     assert [claim.partition(":")[0] for claim in results["claims"]] == ["prose", "more", "mmlu"]
     for row in results["rows"]:
         assert len(row["bits"]["mmlu"]) == 4  # two questions of each subject
-        assert row["written_per_s"] > 0
+        assert row["generated_per_s"] > 0
     assert by_arm["attention"]["peak_bytes"] > by_arm["host"]["peak_bytes"]
     assert (tmp_path / "out" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "out" / "differences.csv").read_text().startswith("domain,arm,difference")

@@ -430,6 +430,14 @@ def test_the_script_writes_what_held_out_loss_allows(tmp_path, tiny_cache):
     )  # fmt: skip
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["held_out"]["1.0"] != told["held_out"]["0.0"]
+    assert told["held_out"]["1.0"] > told["held_out"]["0.0"]
+    for asked, expected in (
+        (("--alphas", 1.0), "no alpha lowers held-out loss"),
+        (("--alphas", 0.5, "--alpha", 1.0), "held-out loss rises from"),
+    ):
+        said = run_script(tmp_path, *common, "--donor", donor, *asked, "--out", "refused", status=1).stderr
+        assert expected in said
+        assert not (tmp_path / "refused").exists()
     said = run_script(tmp_path, *common, "--donor", host, "--out", "moved", status=1).stderr
     assert "moved is not empty" in said
     said = run_script(tmp_path, *common, "--donor", host, "--alpha", 1.5, "--out", "more", status=2).stderr

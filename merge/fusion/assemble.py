@@ -65,13 +65,22 @@ class Parts:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What the result depends on, as plain data: the recipe and the hashes of the sources' headers."""
+        """What the untrained model depends on, as plain data: the recipe but for its training, and the hashes of the sources'
+        headers.
+        """
         sources = [
             {"spec": s.spec, "model": s.model, "revision": s.revision, "header_sha256": header_hashes(b.checkpoint)}
             for s, b in zip(self.sources, self.blueprints, strict=True)
         ]
-        found: dict[str, Any] = json.loads(json.dumps({"recipe": asdict(self.recipe), "sources": sources}))
+        dtypes = [sorted({out.dtype for out in blueprint.outputs}) for blueprint in self.blueprints]
+        recipe = asdict(replace(self.recipe, training=None)) | {"fusion": self.fusion, "dtypes": dtypes, "seed": self.seed}
+        found: dict[str, Any] = json.loads(json.dumps({"recipe": recipe, "sources": sources}))
         return found
+
+    @property
+    def seed(self) -> int:
+        """Of the fusers' values before training."""
+        return self.recipe.training.seed if self.recipe.training else 0
 
     @property
     def combination(self) -> budget.Combination:
@@ -234,7 +243,7 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
         weight_map |= {out.name: shard.file for shard in renamed.shards for out in shard.outputs}
         if header_hashes(parts.sources[number].checkpoint()) != header_hashes(blueprint.checkpoint):
             raise CheckpointError(f"{blueprint.checkpoint.folder} was changed while it was read; run again")
-    new = fuser_tensors(new_fusers(config, parts.recipe.training.seed if parts.recipe.training else 0))
+    new = fuser_tensors(new_fusers(config, parts.seed))
     new |= tables
     save_file(new, folder / FUSERS_FILE, {"format": "pt"})
     weight_map |= dict.fromkeys(new, FUSERS_FILE)
@@ -312,8 +321,9 @@ def card(parts: Parts, command: str) -> str:
     lines = [
         f"- host: {host.name}, {len(parts.blueprints[0].plan.rows)} layers, answers",
         *(
-            f"- donor: {donor.name}, {len(one.plan.rows)} layers, read after layers {', '.join(map(str, taps))}"
-            for donor, one, taps in zip(donors, parts.blueprints[1:], parts.taps, strict=True)
+            f"- donor: {donor.name}, {len(one.plan.rows)} layers, read after layers {', '.join(map(str, taps))}; it sees the "
+            + ("text through a map of vocabularies" if asked.alignment == "map" else "tokens of its own tokenizer")
+            for donor, one, taps, asked in zip(donors, parts.blueprints[1:], parts.taps, parts.recipe.donors, strict=True)
         ),
         f"- fusion: {parts}",
     ]
@@ -323,7 +333,8 @@ def card(parts: Parts, command: str) -> str:
         f"---\nlibrary_name: transformers\ntags:\n- merge\n- layerfuse\n{base}---\n\n"
         f"# {host.name} reading {' and '.join(donor.name for donor in donors)}\n\n"
         f"Made by layerfuse: {parts.combination.parameters:,} parameters.\n\n## What was done\n\n" + "\n".join(lines) + "\n\n"
-        "Load it with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`; the code is in the folder. "
+        "Load it with `AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)`, and its tokenizer with "
+        "`AutoTokenizer.from_pretrained(FOLDER, trust_remote_code=True)`; the code is in the folder. "
         f"`{RECORD_FILE}` holds the recipe, hashes and versions.\n\n## Command\n\n```\n{command}\n```\n"
     )
 

@@ -97,7 +97,8 @@ def with_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
         raise FusionError(f"there is no mode {mode!r}; there are {', '.join(MODES)}")
     names = ("mode", *MODES[mode].settings)
     if foreign := sorted(set(given) - set(names)):
-        raise FusionError(f"{foreign[0]!r} does not apply to mode {mode!r}, which has {', '.join(names)}; leave it out")
+        settings = ", ".join(names[1:]) or "no settings"
+        raise FusionError(f"{foreign[0]!r} does not apply to mode {mode!r}, which has {settings}; leave it out")
     return {name: given.get(name, DEFAULTS[name]) for name in names}
 
 

@@ -2,7 +2,7 @@
 
 Nothing below the first site changes while fusers are trained, so an update runs the host's upper layers alone. Modes that
 train on the same blocks share one store. Sizes in bytes per host token: (sum of D_k + d) x element size, and for `cross` the
-same again for the donors' tokens.
+same again for the donors' tokens, and with their own tokens (alignment prefix) a byte for every one of a block's donor tokens.
 """
 
 from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ def compute(model: FusionForCausalLM, blocks: torch.Tensor, batch: int, *, token
     try:
         for start in range(0, len(blocks), batch):
             ids = blocks[start : start + batch].to(device)
-            features = model.features(ids)
+            features = model.features(ids, tokens=tokens)
             features.aligned = [x.cpu() for x in features.aligned]
             found.append(features)
             parts.host.model(ids, use_cache=False)

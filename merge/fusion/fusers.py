@@ -110,7 +110,8 @@ class Fuser(nn.Module):
 
     def forward(self, h: torch.Tensor, features: Features) -> torch.Tensor:
         """Delta [B, T, d], in the dtype and on the device of h."""
-        device, dtype = self.out.weight.device, self.out.weight.dtype
+        weight = self.out.weight
+        device, dtype = h.device if weight.is_meta else weight.device, weight.dtype  # meta: on its way from the disk
         found = [norm(x.to(device, dtype)) for norm, x in zip(self.norms, features.aligned, strict=True)]
         z = self.join(h.to(device, dtype), found, features)
         delta: torch.Tensor = self.out(self.dropout(z))

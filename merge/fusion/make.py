@@ -12,24 +12,27 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from ..errors import RecordError
 from ..execute import Progress
 from ..publish import check_target, new_folder
 from ..runtime import FLOATS, torch_dtype
+from ..source import Source, resolve
 from .assemble import FUSERS_FILE, RECORD_FILE, Parts, as_dtype, read_record, read_tokenizer, write_assembled, write_json
 from .errors import FusionError
 from .modeling_fusion import FusionForCausalLM
 from .text import read_documents, split_blocks, token_blocks
-from .train import Trained, held_out_loss, log_text, train
+from .train import Trained, check_batch, held_out_loss, log_text, rows_at_once, train
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ def fuse(
     *,
     device: str = "cpu",
     accelerator: Accelerator | None = None,
+    teacher: Source | None = None,
     overwrite: bool = False,
     command: str = "",
     copying: Callable[[int], Progress] = lambda total: lambda done: None,
@@ -63,6 +67,7 @@ def fuse(
     """Makes the folder `out`; in each of several processes under `accelerate launch`, of which the first writes.
 
     Args:
+        teacher: what the recipe's `distil` names, by default as `resolve` finds it.
         training: told after every update of its tokens and its row of the log.
 
     Raises:
@@ -71,14 +76,17 @@ def fuse(
     check_target(out, overwrite=overwrite, marker=RECORD_FILE)
     work = out.with_name(f"{out.name}.work")
     assembled, writes = work / "assembled", accelerator is None or accelerator.is_main_process
-    data = _data(parts)  # what is wrong with the text is found before anything is written
+    data = _data(parts)  # what is wrong with the text, the batch or the teacher is found before anything is written
+    if parts.recipe.training is not None:
+        check_batch(parts.recipe.training, 1 if accelerator is None else accelerator.num_processes)
+        teacher = _check_teacher(parts, teacher)
     if writes:
         assemble(parts, assembled, command=command, copying=copying)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     trained, before = None, None
     if data is not None:
-        trained, before = _train(parts, work, data, accelerator or Accelerator(cpu=device == "cpu"), training)
+        trained, before = _train(parts, work, data, accelerator or Accelerator(cpu=device == "cpu"), training, teacher)
     if writes:
         _publish(parts, assembled, out, trained, overwrite)
         shutil.rmtree(work, ignore_errors=True)
@@ -107,7 +115,11 @@ def assemble(
         FusionError: what is there was made of something else.
     """
     if assembled.exists():
-        found = {key: value for key, value in read_record(assembled).items() if key in ("recipe", "sources")}
+        try:
+            record = read_record(assembled)
+        except RecordError as error:
+            raise FusionError(f"{error}; remove {assembled.parent} to begin anew") from error
+        found = {key: record.get(key) for key in ("recipe", "sources")}
         if found != parts.identity:
             what = "sources that have changed since" if found["recipe"] == parts.identity["recipe"] else "another recipe"
             raise FusionError(f"{assembled.parent} is of {what}; give another --out, or remove that folder to begin anew")
@@ -122,6 +134,9 @@ def _data(parts: Parts) -> tuple[torch.Tensor, torch.Tensor] | None:
     recipe = parts.recipe.training
     if recipe is None:
         return None
+    positions = parts.blueprints[0].checkpoint.config.get("max_position_embeddings")
+    if positions and recipe.block > positions:
+        log.warning("blocks of %d tokens are longer than the %d that the host was made for", recipe.block, positions)
     blocks = token_blocks(read_documents(recipe.text), read_tokenizer(parts.sources[0]), recipe.block)
     return split_blocks(blocks, recipe.held_out, recipe.seed)
 
@@ -132,21 +147,19 @@ def _train(
     data: tuple[torch.Tensor, torch.Tensor],
     accelerator: Accelerator,
     told: Callable[[int, Mapping[str, float]], None],
+    source: Source | None,
 ) -> tuple[Trained, float | None]:
     recipe = parts.recipe.training
     assert recipe is not None
     blocks, held_out = data
     model = load_fused(work / "assembled", accelerator.device)
-    check_finite(model, blocks[:1].to(accelerator.device))
+    check_finite(model, blocks[:1].to(accelerator.device), [source.name for source in parts.sources[1:]])
     teacher = None
-    if recipe.distil is not None:
-        teacher = AutoModelForCausalLM.from_pretrained(recipe.distil, dtype="auto").to(accelerator.device).eval()
-        if teacher.config.vocab_size != model.config.text_config.vocab_size:
-            raise FusionError(
-                f"distil: {recipe.distil} has a vocabulary of {teacher.config.vocab_size:,}, the host one of "
-                f"{model.config.text_config.vocab_size:,}; expected the host before its layers were fused, or one of its family"
-            )
-    before = held_out_loss(model, held_out, recipe.batch, accelerator) if len(held_out) else None
+    if source is not None:
+        teacher = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto").to(accelerator.device).eval()
+    before = (
+        held_out_loss(model, held_out, rows_at_once(recipe, accelerator.num_processes), accelerator) if len(held_out) else None
+    )
     checkpoint = work / "training" / "state.safetensors"
     found = train(
         model, blocks, held_out, recipe, accelerator=accelerator, teacher=teacher, checkpoint=checkpoint,
@@ -155,13 +168,35 @@ def _train(
     return found, before
 
 
+def _check_teacher(parts: Parts, given: Source | None) -> Source | None:
+    """The teacher that the recipe names.
+
+    Raises:
+        FusionError: its vocabulary is not the host's; MergeError: it cannot be found.
+    """
+    distil = parts.recipe.training.distil if parts.recipe.training else None
+    if distil is None:
+        return None
+    found = given or resolve(distil)
+    sizes = [checkpoint.config.get("vocab_size") for checkpoint in (found.checkpoint(), parts.blueprints[0].checkpoint)]
+    if sizes[0] != sizes[1]:
+        raise FusionError(
+            f"distil: {distil} has a vocabulary of {sizes[0]:,}, the host one of {sizes[1]:,}; expected the host before its "
+            "layers were fused, or one of its family"
+        )
+    return found
+
+
 def load_fused(folder: Path, device: Any) -> FusionForCausalLM:
     """The model of an assembled folder: backbones in the dtype that they are stored in, fusers in float32."""
     stored = json.loads((folder / "config.json").read_text())["text_config"]
     name = stored.get("dtype") or stored.get("torch_dtype") or "float32"
-    model = FusionForCausalLM.from_pretrained(folder, dtype=torch_dtype(name if name in FLOATS.values() else "float32"))
+    try:
+        model = FusionForCausalLM.from_pretrained(folder, dtype=torch_dtype(name if name in FLOATS.values() else "float32"))
+        values = load_file(folder / FUSERS_FILE)
+    except SafetensorError as error:
+        raise FusionError(f"{folder} is damaged ({error}); remove {folder.parent} to begin anew") from error
     model.fusers.float()
-    values = load_file(folder / FUSERS_FILE)
     with torch.no_grad():
         for key, value in model.fuser_parameters().items():
             value.copy_(values[key])
@@ -169,17 +204,20 @@ def load_fused(folder: Path, device: Any) -> FusionForCausalLM:
     return found
 
 
-def check_finite(model: FusionForCausalLM, ids: torch.Tensor) -> None:
-    """Raises FusionError where a donor's states are not finite: 0 x inf would not be 0, so the host would not be kept."""
+def check_finite(model: FusionForCausalLM, ids: torch.Tensor, names: Sequence[str] = ()) -> None:
+    """Raises FusionError where a donor's states are not finite: 0 x inf would not be 0, so the host would not be kept.
+
+    `names` of the donors.
+    """
     features = model.features(ids)
     number = 0
     for index, donor in enumerate(model.config.donors):
         for tap in donor["taps"]:
             if not torch.isfinite(features.aligned[number]).all():
-                raise FusionError(
-                    f"donor {index}: its states after layer {tap} are not finite in {features.aligned[number].dtype}; "
-                    "run it in bfloat16 or float32 (--dtype)"
-                )
+                name = names[index] if names else f"donor {index}"
+                dtype = str(features.aligned[number].dtype).removeprefix("torch.")
+                advice = "run it in float32 (--dtype float32)" if dtype != "float32" else "its weights cannot be used"
+                raise FusionError(f"{name}: its states after layer {tap} are not finite in {dtype}; {advice}")
             number += 1
 
 

@@ -39,6 +39,7 @@ from .prefix import Retokenizer
 from .streams import ALIGNMENTS, FusionCache, check_cache
 
 DONOR_FOLDER = "donor-{}"  # where the tokenizers of donors are that need one
+PUSHING = ("commit_message", "private", "token", "revision", "create_pr")  # options of saving that pushing has too
 WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # options of loading that tokenizers have too
 
 
@@ -122,20 +123,28 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         model.freeze()
         if model.prefixed:
             name = args[0] if args else kwargs["pretrained_model_name_or_path"]
+            base = kwargs.get("subfolder", "")
             read = partial(AutoTokenizer.from_pretrained, name, **{key: kwargs[key] for key in WHERE if key in kwargs})
             donors = model.config.donor_configs()  # configs are named, or that of the folder would ask to run its code
-            several = {one: read(subfolder=DONOR_FOLDER.format(one), config=donors[one]) for one in model.prefixed}
-            model.give_tokenizers(read(config=model.config.text_config), several)
+            several = {
+                one: read(subfolder=str(Path(base, DONOR_FOLDER.format(one))), config=donors[one]) for one in model.prefixed
+            }
+            model.give_tokenizers(read(subfolder=base, config=model.config.text_config), several)
         return found
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, *args: Any, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
         """As of any model of transformers; with the tokenizers that it needs to run."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if self.tokenizers is not None:
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if self.tokenizers is not None and is_main_process:
             host, donors = self.tokenizers
             host.save_pretrained(save_directory)
             for number, one in donors.items():
                 one.save_pretrained(Path(save_directory) / DONOR_FOLDER.format(number))
+        if push_to_hub:  # not by the base class, which would not wait for the tokenizers
+            how = {name: kwargs[name] for name in PUSHING if name in kwargs}
+            self.push_to_hub(kwargs.get("repo_id", Path(save_directory).name), **how)
 
     @property
     def prefixed(self) -> list[int]:
@@ -146,14 +155,23 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         """The host's, and those of the donors with alignment "prefix"; `from_pretrained` does it.
 
         Raises:
-            FusionError: one has no byte semantics, or more tokens than its model.
+            FusionError: one is missing, has no byte semantics, or more tokens than its model.
         """
+        if missing := [number for number in self.prefixed if number not in donors]:
+            raise FusionError(
+                f"donor {missing[0]} reads its own tokens (alignment 'prefix'); expected a tokenizer of it, found none"
+            )
         table = ByteTable.from_tokenizer(host, self.config.text_config.vocab_size)
         for number in self.prefixed:
             one = donors[number]
             own = ByteTable.from_tokenizer(one, self.config.donors[number]["config"]["vocab_size"])
             self._rules[number] = Retokenizer(table, own, one)
         self.tokenizers = host, dict(donors)
+
+    def take_tables(self, other: "FusionForCausalLM") -> None:
+        """Has the tables and tokenizers of a model with the same donors."""
+        self.tables.load_state_dict(other.tables.state_dict())
+        self.tokenizers, self._rules = other.tokenizers, other._rules
 
     def __getstate__(self) -> dict[str, Any]:
         """Of copies in other processes: what is made of tokenizers is made again there."""
@@ -216,9 +234,19 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, cache: FusionCache | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache: FusionCache | None = None,
+        *,
+        tokens: bool | None = None,
     ) -> Features:
-        """What the donors say of host ids [B, T]; the mask may reach back to what is in the cache."""
+        """What the donors say of host ids [B, T]; the mask may reach back to what is in the cache.
+
+        tokens    also the donors' tokens themselves, by default where a fuser reads them
+        """
+        if tokens is None:
+            tokens = any(getattr(fuser, "reads_tokens", False) for fuser in self.fusers)
         current = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         found = Features([], [])
         for number, donor in enumerate(self.donors):
@@ -230,7 +258,7 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
             else:  # nothing but control tokens, or the beginning of a character
                 shape, where = (len(input_ids), 0, donor.config.hidden_size), input_ids.device
                 states = [torch.zeros(shape, dtype=donor.dtype, device=where) for _ in taps]
-            aligned, memories = stream.take(states)
+            aligned, memories = stream.take(states, tokens)
             found.aligned += aligned
             found.memories += memories
         return self.controlled(found)
@@ -325,8 +353,8 @@ class FusionForCausalLM(PreTrainedModel, GenerationMixin):
         if self._features is None:  # the host is called by itself
             return None
         if isinstance(output, tuple):
-            return (output[0] + fuser(output[0], self._features), *output[1:])
-        return output + fuser(output, self._features)
+            return (self._inject(fuser, module, arguments, output[0]), *output[1:])
+        return output + fuser(output, self._features).to(output.device)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Fuser | Mixer):

@@ -1,6 +1,6 @@
 """Sums over positions of products of two models' states, and what follows from them: similarity, bases, steps.
 
-The formulas need nothing else, so texts are streamed and no activations are kept but those of one batch.
+Texts are streamed; no activations are kept but those of one batch.
 """
 
 import math

@@ -40,7 +40,7 @@ class Training:
 
     text            files (.txt, .parquet and .jsonl with a column "text") and data sets of the Hub
     block           host tokens in a row; `batch` rows in an update, over all processes
-    accumulate      parts of a process's rows that are run one after the other, for less memory
+    gradient_accumulation_steps    parts of a process's rows that are run one after the other, for less memory
     warmup          share of the updates in which the rate rises; then it falls to zero as a cosine
     distil          the model whose distribution is learned beside the text, with weight `distil_weight`
     held_out        share of the blocks that are kept from training to measure on
@@ -50,7 +50,7 @@ class Training:
     updates: int = 200
     block: int = 512
     batch: int = 8
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     learning_rate: float = 1e-3
     warmup: float = 0.03
     weight_decay: float = 0.0
@@ -60,6 +60,18 @@ class Training:
     evaluate_every: int = 50
     distil: str | None = None
     distil_weight: float = 1.0
+
+
+SMALLEST = 1e-12  # of what has to be above zero
+RANGES: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("updates", "batch", "gradient_accumulation_steps", "evaluate_every"), (1, 1e9, "at least 1")),
+    **dict.fromkeys(("warmup", "held_out"), (0, 1 - SMALLEST, "a share from 0 to below 1")),
+    **dict.fromkeys(("weight_decay", "distil_weight"), (0, 1e6, "0 or more")),
+    "block": (2, 1e9, "at least 2"),
+    "learning_rate": (SMALLEST, 1e3, "a number above 0, such as 1e-3"),
+    "clip": (SMALLEST, 1e9, "a number above 0: the largest norm of the gradient"),
+    "seed": (0, 2**32, "0 to 2 ** 32"),
+}
 
 
 @dataclass(frozen=True)
@@ -95,15 +107,15 @@ def recipe_from(content: Any, where: str) -> Recipe:
         _backbone(found, f"donor {i}", one, taps=(list, None), alignment=(str, None)) for i, one in enumerate(donors or [])
     )
     trained = _training(found, training) if training is not None else None
+    kinds = {name: float if name in ("dropout", "weight") else type(value) for name, value in DEFAULTS.items()}
+    chosen = found.take(fusion or {}, "fusion", **{name: (kind, None) for name, kind in kinds.items()})
+    settings = {name: value for name, value in zip(kinds, chosen, strict=True) if value is not None}
     found.done()
     if not others:
         raise FusionError(f"{where}: there are no donors; expected at least one")
-    settings = dict(fusion or {})
-    if unknown := sorted(set(settings) - set(DEFAULTS)):
-        raise FusionError(f"{where}: fusion has no {unknown[0]!r}; there are {', '.join(DEFAULTS)}")
     limit = BUDGET if budget is None else budget
     if limit < 1 or not math.isfinite(limit):
-        raise FusionError(f"{where}: budget is {limit}; expected a number of parameters, such as 8e9 written 8000000000")
+        raise FusionError(f"{where}: budget is {limit}; expected a number of parameters, such as 8e9")
     return Recipe(first, others, settings, int(limit), trained)
 
 
@@ -111,6 +123,8 @@ def _backbone(found: Fields, at: str, content: Any, **optional: Any) -> Backbone
     names = ("model", "revision", *optional)
     values = found.take(content or {}, at, model=str, revision=(str, None), **optional)
     given = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+    if given.get("model") == "":
+        found.problem(f"{at}: 'model' is empty, expected a Hub id, a folder, a .gguf file or tiny:NAME")
     if "taps" in given:
         given["taps"] = tuple(given["taps"])
     if given.get("alignment", "map") not in ALIGNMENTS:
@@ -124,12 +138,9 @@ def _training(found: Fields, content: Any) -> Training | None:
     }
     text, *rest = found.take(content, "training", text=list, **{name: (kind, None) for name, kind in kinds.items()})
     given = {name: value for name, value in zip(kinds, rest, strict=True) if value is not None}
-    for name in ("updates", "block", "batch", "accumulate", "evaluate_every"):
-        if given.get(name, 1) < (2 if name == "block" else 1):
-            found.problem(f"training: {name!r} is {given[name]}, expected at least {2 if name == 'block' else 1}")
-    for name in ("warmup", "held_out"):
-        if not 0 <= given.get(name, 0) < 1:
-            found.problem(f"training: {name!r} is {given[name]}, expected a share from 0 to below 1")
+    for name, (least, most, what) in RANGES.items():
+        if name in given and not least <= given[name] <= most:
+            found.problem(f"training: {name!r} is {given[name]}, expected {what}")
     if text is not None and (not text or not all(isinstance(one, str) for one in text)):
         found.problem("training: 'text' must name at least one file or data set")
     return None if text is None else Training(tuple(map(str, text)), **given)

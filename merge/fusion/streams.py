@@ -80,8 +80,8 @@ class Stream(ABC):
         """What new tokens see of all slots, those of the call included: bool [B, N, S]. `window` is counted in tokens."""
 
     @abstractmethod
-    def memory(self, states: torch.Tensor, held: dict[int, tuple[torch.Tensor, torch.Tensor]] | None) -> TapMemory:
-        """The tokens at one tap, states [B, N, D_k] of the new ones."""
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Where tokens stand and which of them are seen: positions, valid and at, as in TapMemory."""
 
     @property
     def rows(self) -> int | None:
@@ -89,9 +89,9 @@ class Stream(ABC):
         return None if self.ends is None else self.ends.shape[0]
 
     @property
+    @abstractmethod
     def slots(self) -> int:
         """S: places in the donor's cache."""
-        raise NotImplementedError
 
     def inputs(self, config: Any, dtype: torch.dtype) -> dict[str, Any]:
         """Arguments for the donor's forward pass over the new tokens; what was seen before is in its cache."""
@@ -114,19 +114,23 @@ class Stream(ABC):
             return near
         return {"full_attention": added(self.visible()), "sliding_attention": near}
 
-    def take(self, states: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[TapMemory]]:
-        """The states [B, N, D_k] of the new tokens, put where host positions see them; ([B, T, D_k], tokens for `cross`)."""
+    def take(self, states: list[torch.Tensor], tokens: bool = False) -> tuple[list[torch.Tensor], list[TapMemory]]:
+        """The states [B, N, D_k] of the new tokens, put where host positions see them: [B, T, D_k]; and with `tokens` the
+        tokens themselves.
+        """
         assert self.ends is not None
         if not self.last:
             self.last = [x.new_zeros(x.shape[0], x.shape[2]) for x in states]
             self.keys_values = [{} for _ in states]
         aligned, memories = [], []
+        places = self.places() if tokens else None
         for k, x in enumerate(states):
             x = x.to(self.last[k].device)  # of no tokens there are states anywhere
             reach = torch.cat([self.last[k][:, None], x], 1)  # entry e: the state after e tokens of this call
             aligned.append(reach.gather(1, self.ends[..., None].expand(-1, -1, x.shape[2]).to(x.device)))
             self.last[k] = aligned[k][:, -1]
-            memories.append(self.memory(x, self.keys_values[k] if self.cache is not None else None))
+            if places is not None:
+                memories.append(TapMemory(x, *places, self.keys_values[k] if self.cache is not None else None))
         return aligned, memories
 
     def select(self, rows: torch.Tensor) -> None:
@@ -135,21 +139,15 @@ class Stream(ABC):
             return
         rows = rows.to(self.ends.device)
         self.ends = self.ends[rows]
-        self.choose(rows)
+        self._select_own(rows)
         self.last = [x[rows.to(x.device)] for x in self.last]
         for held in self.keys_values:
             for site, (keys, values) in held.items():
                 held[site] = keys[rows.to(keys.device)], values[rows.to(values.device)]
 
     @abstractmethod
-    def choose(self, rows: torch.Tensor) -> None:
+    def _select_own(self, rows: torch.Tensor) -> None:
         """`select` for what the subclass keeps."""
-
-    def cleared(self) -> "Stream":
-        """A stream that has read nothing, with this one's cache, emptied."""
-        if self.cache is not None:
-            self.cache.reset()
-        return type(self)(self.cache)
 
 
 @dataclass
@@ -184,14 +182,14 @@ class MapStream(Stream):
         seen = self.valid[:, None] & (distance >= 0)
         return seen if window is None else seen & (distance < window)
 
-    def memory(self, states: torch.Tensor, held: dict[int, tuple[torch.Tensor, torch.Tensor]] | None) -> TapMemory:
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self.valid is not None
         assert self.count is not None
         assert self.ends is not None
         at = (self.count - self.ends[:, -1])[:, None] + self.ends - 1
-        return TapMemory(states, (self.valid.cumsum(1) - 1).clamp(min=0), self.valid, at, held)
+        return (self.valid.cumsum(1) - 1).clamp(min=0), self.valid, at
 
-    def choose(self, rows: torch.Tensor) -> None:
+    def _select_own(self, rows: torch.Tensor) -> None:
         assert self.valid is not None
         assert self.count is not None
         self.valid, self.count = self.valid[rows], self.count[rows]
@@ -219,13 +217,12 @@ class PrefixStream(Stream):
         assert self.nodes is not None
         return self.nodes.visible(window)
 
-    def memory(self, states: torch.Tensor, held: dict[int, tuple[torch.Tensor, torch.Tensor]] | None) -> TapMemory:
+    def places(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self.nodes is not None
-        there = self.nodes.last >= 0
         at = self.nodes.positions.gather(1, self.nodes.last.clamp(min=0)) if self.slots else self.nodes.last
-        return TapMemory(states, self.nodes.positions, self.nodes.alive(), at.where(there, -1), held)
+        return self.nodes.positions, self.nodes.alive(), at.where(self.nodes.last >= 0, -1)
 
-    def choose(self, rows: torch.Tensor) -> None:
+    def _select_own(self, rows: torch.Tensor) -> None:
         assert self.nodes is not None
         self.texts = [self.texts[row].copy() for row in rows.tolist()]
         self.nodes = self.nodes.select(rows)
@@ -239,6 +236,7 @@ class FusionCache(DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config.text_config)
+        self.of = config
         self.streams = [ALIGNMENTS[donor["alignment"]](DynamicCache()) for donor in config.donors]
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -261,8 +259,7 @@ class FusionCache(DynamicCache):
 
     def reset(self) -> None:
         """As if nothing had been read."""
-        super().reset()
-        self.streams = [stream.cleared() for stream in self.streams]
+        self.__dict__.update(FusionCache(self.of).__dict__)  # that of transformers leaves the layers their length in 5.17
 
     def crop(self, *args: Any) -> None:
         """Refused: how many donor tokens belong to the last host tokens is not kept."""

@@ -1,6 +1,7 @@
 """Text to train and measure on: files and data sets of the Hub, through `datasets`; blocks of token ids."""
 
 import importlib
+import logging
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -26,10 +27,11 @@ def read_documents(names: Sequence[str]) -> list[str]:
     """
     found: list[str] = []
     for name in names:
+        if not name.strip():
+            raise FusionError("a text has an empty name; expected files, or data sets of the Hub")
         if "*" in name:
-            rows = [
-                row for path in sorted(glob(str(Path(name).expanduser()), recursive=True)) for row in _from_file(Path(path))
-            ]
+            paths = [Path(path) for path in sorted(glob(str(Path(name).expanduser()), recursive=True))]
+            rows = [row for path in paths if path.is_file() for row in _from_file(path)]
         elif (path := Path(name).expanduser()).suffix or path.exists():
             rows = _from_file(path)
         else:
@@ -42,6 +44,8 @@ def read_documents(names: Sequence[str]) -> list[str]:
 
 
 def _from_file(path: Path) -> Any:
+    if path.is_dir():
+        raise FusionError(f"{path} is a folder; expected files, such as {path}/*.txt")
     if not path.is_file():
         raise FusionError(f"{path}: there is no such file")
     if path.suffix in READERS:
@@ -60,11 +64,19 @@ def _from_hub(name: str) -> Any:
 
 def _column(name: str, *arguments: Any, **options: Any) -> Any:
     datasets = importlib.import_module("datasets")
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # what goes wrong is said once, here
     try:
         rows = datasets.load_dataset(*arguments, **options)
     except Exception as error:  # datasets raises many kinds here, none of them documented
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        cause = error.__cause__ or error
+        why = " ".join(str(cause).split())[:200] or (
+            "it is empty" if isinstance(cause, StopIteration) else type(cause).__name__
+        )
         raise FusionError(f"{name} cannot be read: {why}") from error
+    finally:
+        logger.setLevel(level)
     if COLUMN not in rows.column_names:
         raise FusionError(f"{name} has the columns {', '.join(rows.column_names)}; expected one named {COLUMN!r}")
     return rows[COLUMN]

@@ -11,14 +11,15 @@ With several processes each takes its rows of every update's batch; the result d
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.nn import functional
 
@@ -69,10 +70,7 @@ def train(
     """
     accelerator = accelerator or Accelerator()
     world, rank = accelerator.num_processes, accelerator.process_index
-    if recipe.batch % (world * recipe.accumulate):
-        pieces = f" in {recipe.accumulate} parts each" if recipe.accumulate > 1 else ""
-        parts = f"{world} process{'es' * (world > 1)}{pieces}"
-        raise FusionError(f"a batch of {recipe.batch} rows is not shared evenly by {parts}; expected a multiple")
+    check_batch(recipe, world)
     model.fusers.float()
     optimiser = torch.optim.AdamW(
         model.fusers.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
@@ -92,10 +90,10 @@ def train(
         torch.manual_seed(recipe.seed * 1_000_003 + update * world + rank)  # of dropout
         rows = _rows(len(blocks), recipe, update)[rank::world]
         loss = torch.zeros((), device=accelerator.device)
-        for some in (rows[part :: recipe.accumulate] for part in range(recipe.accumulate)):
+        for some in (rows[part :: recipe.gradient_accumulation_steps] for part in range(recipe.gradient_accumulation_steps)):
             ids = blocks[some].to(accelerator.device)
             logits = wrapped(ids, use_cache=False).logits if logits_of is None else logits_of(some, ids)
-            part_loss = _loss(logits[:, :-1].float(), ids, teacher, recipe.distil_weight) / recipe.accumulate
+            part_loss = _loss(logits[:, :-1].float(), ids, teacher, recipe.distil_weight) / recipe.gradient_accumulation_steps
             accelerator.backward(part_loss)
             loss += part_loss.detach()
         accelerator.clip_grad_norm_(model.fusers.parameters(), recipe.clip)
@@ -107,7 +105,7 @@ def train(
         last = update + 1 == recipe.updates
         measured = math.nan
         if len(held_out) and (last or (update + 1) % recipe.evaluate_every == 0):
-            measured = held_out_loss(model, held_out, recipe.batch, accelerator)
+            measured = held_out_loss(model, held_out, rows_at_once(recipe, world), accelerator)
         tokens = recipe.batch * blocks.shape[1]
         state.log.append([float(update + 1), mean, measured, rate, tokens / (time.perf_counter() - started)])
         progress(tokens, dict(zip(COLUMNS, state.log[-1], strict=True)))
@@ -128,6 +126,20 @@ def learning_rate(recipe: Training, update: int) -> float:
     if update < warm:
         return recipe.learning_rate * (update + 1) / warm
     return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(1, recipe.updates - warm)))
+
+
+def check_batch(recipe: Training, processes: int) -> None:
+    """Raises FusionError unless every process gets as many rows, in as many equal parts as are asked for."""
+    steps = recipe.gradient_accumulation_steps
+    if recipe.batch % (processes * steps):
+        pieces = f" in {steps} parts each" if steps > 1 else ""
+        parts = f"{processes} process{'es' * (processes > 1)}{pieces}"
+        raise FusionError(f"a batch of {recipe.batch} rows is not shared evenly by {parts}; expected a multiple")
+
+
+def rows_at_once(recipe: Training, processes: int) -> int:
+    """Rows that a process runs at a time."""
+    return max(1, recipe.batch // (processes * recipe.gradient_accumulation_steps))
 
 
 def held_out_loss(model: FusionForCausalLM, blocks: torch.Tensor, batch: int, accelerator: Accelerator) -> float:
@@ -182,9 +194,18 @@ def _save(path: Path, key: str, model: FusionForCausalLM, optimiser: torch.optim
         save_file(tensors, scratch, metadata)
 
 
+@contextmanager
+def _whole(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise FusionError(f"{path} is damaged ({error}); remove it to train anew") from error
+
+
 def _restore(path: Path, key: str, model: FusionForCausalLM, optimiser: torch.optim.AdamW, state: Trained) -> None:
     """Puts fusers and optimiser back to what they were."""
-    with safe_open(path, framework="pt") as file:
+    with _whole(path) as file:
         found, names = file.metadata(), set(file.keys())
         if found.get("identity") != key:
             raise FusionError(f"{path} is of a run with other settings; give another --out, or remove it to train anew")

@@ -5,7 +5,8 @@
 
 The donor reads the rows of the host's tokens and never the text, so that what it has read after host token i is what those
 tokens say and nothing later. Encoding the text for the donor instead would leak the future: where its tokens end depends on
-the letters that follow. The tables are built once and saved with the model, which then needs one tokenizer, the host's.
+the letters that follow. The tables are built once and saved with the model, which then needs one tokenizer, the host's;
+`prefix` is the way that needs the donor's too.
 """
 
 from collections.abc import Mapping, Sequence
