@@ -64,6 +64,32 @@ def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = No
         os.close(lock)
 
 
+@contextmanager
+def work_folder(folder: Path) -> Iterator[None]:
+    """A folder for what a stopped run may go on with; this process alone uses it, and it vanishes where it stays empty.
+
+    Raises:
+        OutputError: another process uses it, or it cannot be created.
+    """
+    created_parents = _missing_parents(folder.parent)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be created: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OutputError(f"{folder} is in use by another run; wait for it, or give another --out") from error
+        yield
+    finally:
+        os.close(lock)
+        for one in (folder, *created_parents):
+            with suppress(OSError):  # not empty
+                one.rmdir()
+
+
 def check_target(target: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
     """Raises OutputError unless a folder may be published under this name."""
     if target.is_symlink():

@@ -18,7 +18,7 @@ import merge.fusion.train as training
 from eval.fusion_bench import read_bench
 from merge.alphas import plan_from_alphas, read_alphas
 from merge.api import Options, merge_checkpoint
-from merge.errors import MergeError
+from merge.errors import MergeError, OutputError
 from merge.fusion import register
 from merge.fusion.assemble import FUSERS_FILE, RECORD_FILE, fused_config, make_parts, write_assembled
 from merge.fusion.errors import FusionError
@@ -27,6 +27,7 @@ from merge.fusion.recipe import Backbone, Recipe, Training, layer_numbers, read_
 from merge.fusion.text import read_documents, split_blocks, token_blocks
 from merge.fusion.streams import ALIGNMENTS
 from merge.fusion.train import held_out_loss, learning_rate
+from merge.publish import work_folder
 from merge.source import resolve
 
 HOST, DONORS = "llama3.2-1b", ("gemma2-2b", "phi3-mini")
@@ -255,6 +256,17 @@ def test_what_is_damaged_is_named(tmp_path, tiny_cache, text, monkeypatch):
         with pytest.raises(FusionError, match=said):
             fuse(parts_of(recipe, tiny_cache), tmp_path / "out")
         file.write_bytes(whole)
+
+
+def test_one_run_at_a_time(tmp_path, tiny_cache):
+    with (
+        work_folder(tmp_path / "out.work"),
+        pytest.raises(OutputError, match=r"out\.work is in use by another run; wait for it"),
+    ):
+        fuse(parts_of(recipe_of(), tiny_cache), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    fuse(parts_of(recipe_of(), tiny_cache), tmp_path / "deep" / "er" / "out")
+    assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("change", [{"gradient_accumulation_steps": 3}, {"distil": "tiny-model-that-is-not-there"}], ids=str)

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import RecordError
 from ..execute import Progress
-from ..publish import check_target, new_folder
+from ..publish import check_target, new_folder, work_folder
 from ..runtime import FLOATS, torch_dtype
 from ..source import Source, resolve
 from .assemble import FUSERS_FILE, RECORD_FILE, Parts, as_dtype, read_record, read_tokenizer, write_assembled, write_json
@@ -80,16 +81,18 @@ def fuse(
     if parts.recipe.training is not None:
         check_batch(parts.recipe.training, 1 if accelerator is None else accelerator.num_processes)
         teacher = _check_teacher(parts, teacher)
-    if writes:
-        assemble(parts, assembled, command=command, copying=copying)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    trained, before = None, None
-    if data is not None:
-        trained, before = _train(parts, work, data, accelerator or Accelerator(cpu=device == "cpu"), training, teacher)
-    if writes:
-        _publish(parts, assembled, out, trained, overwrite)
-        shutil.rmtree(work, ignore_errors=True)
+    with work_folder(work) if writes else nullcontext():
+        if writes:
+            assemble(parts, assembled, command=command, copying=copying)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        trained, before = None, None
+        if data is not None:
+            trained, before = _train(parts, work, data, accelerator or Accelerator(cpu=device == "cpu"), training, teacher)
+        if writes:
+            _publish(parts, assembled, out, trained, overwrite)
+            for path in work.iterdir():
+                shutil.rmtree(path, ignore_errors=True)
     combination = parts.combination
     if trained is None:
         return Fused(combination.parameters, combination.fuser_parameters)
