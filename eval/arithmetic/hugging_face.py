@@ -7,7 +7,6 @@ of the next family (`joined`). Folders are the unit of resuming: each is whole o
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.nn import functional
 
 from merge.api import Options, merge_checkpoint
 from merge.fusion.configuration_fusion import MODES
@@ -32,7 +30,7 @@ from ..errors import StudyError, near
 from ..load import load_model
 from ..run import own_tasks, run_tasks
 from ..stats import stderr
-from .joined import SETTINGS_FILE, Features, identity, join
+from .joined import SETTINGS_FILE, Features, identity, join, step_on_answers
 from .study import Cell
 from .tasks import generator, make_task, split
 from .text import SYMBOLS, question, words
@@ -284,13 +282,7 @@ def train_family(
     model.train()
     for update in range(recipe.updates):
         optimiser.param_groups[0]["lr"] = recipe.learning_rate * min(1.0, (update + 1) / max(1, recipe.warmup))
-        logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=1).logits[:, -1]
-        loss = functional.cross_entropy(logits, tokens[:, -1])
-        if not math.isfinite(loss.item()):
-            raise StudyError(f"{cell.folder}: the loss is no longer a number at update {update + 1}")
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
+        step_on_answers(model, tokens, optimiser, cell.folder, update)
         progress(1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

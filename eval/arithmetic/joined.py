@@ -42,6 +42,21 @@ def identity(settings: Features) -> str:
     return json.dumps(asdict(settings)) + "\n"
 
 
+def step_on_answers(model: Any, tokens: torch.Tensor, optimiser: torch.optim.Optimizer, what: str, update: int) -> None:
+    """One update on questions with answers [N, T], with loss on the answer, which comes last.
+
+    Raises:
+        StudyError: the loss of `what` is no longer a number.
+    """
+    logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=1).logits[:, -1]
+    loss = functional.cross_entropy(logits, tokens[:, -1])
+    if not math.isfinite(loss.item()):
+        raise StudyError(f"{what}: the loss is no longer a number at update {update + 1}")
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
 def join(settings: Features, mode: str, host: Path, donor: Path, tokens: torch.Tensor, out: Path, device: str) -> None:
     """Writes a fused model of two folders, trained on questions with answers: token ids [N, T], the answer last.
 
@@ -63,12 +78,6 @@ def join(settings: Features, mode: str, host: Path, donor: Path, tokens: torch.T
         optimiser = torch.optim.AdamW(model.fusers.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         tokens = tokens.to(device)
         for update in range(settings.updates):
-            logits = model(tokens[:, :-1], use_cache=False, logits_to_keep=1).logits[:, -1]
-            loss = functional.cross_entropy(logits, tokens[:, -1])
-            if not math.isfinite(loss.item()):
-                raise StudyError(f"{out}: the loss is no longer a number at update {update + 1}")
-            optimiser.zero_grad()
-            loss.backward()
-            optimiser.step()
+            step_on_answers(model, tokens, optimiser, f"{out}", update)
         values = {name: value.detach().cpu() for name, value in model.fuser_parameters().items()}
         save_file(load_file(scratch / FUSERS_FILE) | values, scratch / FUSERS_FILE, {"format": "pt"})
