@@ -258,6 +258,18 @@ def test_what_is_damaged_is_named(tmp_path, tiny_cache, text, monkeypatch):
         file.write_bytes(whole)
 
 
+def test_a_donor_that_is_not_finite_leaves_nothing(tmp_path, tiny_cache, text, monkeypatch):
+    def refuse(*arguments):
+        raise FusionError("not finite")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("merge.fusion.make.check_finite", refuse)
+        with pytest.raises(FusionError, match="not finite"):
+            fuse(parts_of(recipe_of(text), tiny_cache), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    fuse(parts_of(recipe_of(text), tiny_cache, dtype="float32"), tmp_path / "out")
+
+
 def test_one_run_at_a_time(tmp_path, tiny_cache):
     with (
         work_folder(tmp_path / "out.work"),

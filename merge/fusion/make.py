@@ -156,7 +156,11 @@ def _train(
     assert recipe is not None
     blocks, held_out = data
     model = load_fused(work / "assembled", accelerator.device)
-    check_finite(model, blocks[:1].to(accelerator.device), [source.name for source in parts.sources[1:]])
+    try:
+        check_finite(model, blocks[:1].to(accelerator.device), [source.name for source in parts.sources[1:]])
+    except FusionError:
+        shutil.rmtree(work / "assembled", ignore_errors=True)  # of no use, and in the way of another dtype
+        raise
     teacher = None
     if source is not None:
         teacher = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto").to(accelerator.device).eval()
