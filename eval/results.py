@@ -162,5 +162,7 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Answer]]:
 
 
 def answers_path(path: Path) -> Path:
-    """The parquet file beside a results file."""
+    """The parquet file beside a results file; samples.parquet beside results.json."""
+    if path.name == "results.json":
+        return path.with_name("samples.parquet")
     return path.with_name(path.name.removesuffix(".json") + ".parquet")

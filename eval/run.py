@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
+import numpy.typing as npt
 import torch
 from lm_eval.tasks import TaskManager
 
@@ -90,18 +92,24 @@ def text_perplexity(lm: PrefixLM, text: str, window: int = TEXT_WINDOW, max_toke
     Raises:
         DataError: the text has fewer than two tokens.
     """
+    nll, tokens = window_nll(lm, first_tokens(lm, text, max_tokens), window)
+    mean = math.fsum(nll) / int(tokens.sum())
+    return Perplexity(perplexity(mean), mean, int(tokens.sum()), min(window, lm.max_length))
+
+
+def window_nll(
+    lm: PrefixLM, ids: Sequence[int], window: int = TEXT_WINDOW
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    """(nats of every window of a text, tokens predicted in it), as `text_perplexity` cuts and measures them."""
     window = min(window, lm.max_length)
-    tokens = first_tokens(lm, text, max_tokens)
-    pieces = [tokens[start : start + window] for start in range(0, len(tokens), window)]
+    pieces = [list(ids[start : start + window]) for start in range(0, len(ids), window)]
     requests: list[Request] = [(None, piece[:1], piece[1:]) for piece in pieces if len(piece) > 1]
     before, lm.work = lm.work, Work()
     try:
         answers = lm._loglikelihood_tokens(requests, disable_tqdm=True)
     finally:
         lm.work = before
-    count = sum(len(continuation) for _, _, continuation in requests)
-    nll = -math.fsum(logprob for logprob, _ in answers) / count
-    return Perplexity(perplexity(nll), nll, count, window)
+    return np.array([-logprob for logprob, _ in answers]), np.array([len(continuation) for _, _, continuation in requests])
 
 
 def first_tokens(lm: PrefixLM, text: str, count: int | None = None) -> list[int]:

@@ -1,8 +1,8 @@
 """A search's problem: a model, a space, and questions and text in three parts, with the hidden states of all trials."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -222,10 +222,11 @@ def laco_collapse(
 
 @dataclass(frozen=True)
 class Removal:
-    """A layer removed, and the text's nats per token without it and those before."""
+    """A layer removed, and the text's nats per token without it and those before; `tried` has them for every candidate."""
 
     layer: int
     nll: float
+    tried: Mapping[int, float] = field(default_factory=dict, compare=False)
 
 
 @torch.inference_mode()
@@ -263,7 +264,8 @@ def greedy_removal(
             found.append(nll(position))
             done(1)
         best = min(range(len(kept)), key=lambda position: (math.isnan(found[position]), found[position]))
-        removed.append(Removal(kept.pop(best), found[best]))
+        tried = dict(zip(kept, found, strict=True))
+        removed.append(Removal(kept.pop(best), found[best], tried))
         if best == len(entering) - 1:  # the last one: nothing above it changes
             entering.pop()
         else:

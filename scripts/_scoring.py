@@ -3,15 +3,11 @@
 import argparse
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import UsageError, find_model
 
-from merge.errors import RecordError
-from merge.plan import plan_to_dict, read_plan
-from merge.report import PLAN_FILE
 from merge.runtime import DTYPES, Placement
 from merge.source import Source
 
@@ -112,18 +108,6 @@ def check_out(arguments: argparse.Namespace, out: Path, *others: Path) -> None:
         raise UsageError(f"{out.parent} cannot be written to")
 
 
-def plan_beside(source: Source) -> dict[str, Any] | None:
-    """The plan that the model was made with, where there is one."""
-    path = source.folder / PLAN_FILE
-    if not path.is_file():
-        return None
-    try:
-        return plan_to_dict(read_plan(path))
-    except RecordError as error:
-        logging.warning("the model's plan is left out: %s", error)
-        return None
-
-
 def load(arguments: argparse.Namespace, source: Source, **options: Any) -> "tuple[PrefixLM, Placement]":
     """The model, ready to be scored."""
     from eval.load import load_model
@@ -136,24 +120,3 @@ def counter(description: str, unit: str, total: int, quiet: bool) -> Any:
     from huggingface_hub.utils import tqdm
 
     return tqdm(total=total, desc=description, unit=unit, disable=True if quiet else None, leave=False)
-
-
-def peak_memory(lm: "PrefixLM") -> dict[str, int]:
-    """The most memory that the first process has used so far, and on its GPU."""
-    import torch
-
-    from merge.report import peak_rss_bytes
-
-    found = {"peak_rss_bytes": peak_rss_bytes()}
-    if lm.device.type == "cuda":
-        found["peak_gpu_bytes"] = torch.cuda.max_memory_allocated(lm.device)
-    return found
-
-
-def end_together(lm: "PrefixLM", finish: Callable[[], None]) -> None:
-    """Calls `finish` in the first of several processes while the others wait; then all leave the group."""
-    if lm.rank == 0:
-        finish()
-    lm.barrier()
-    if lm.world_size > 1:
-        lm.accelerator.end_training()

@@ -2,26 +2,13 @@
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
-import contextlib
 import json
-import sys
-import time
-from dataclasses import asdict
+import os
 from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import (
-    add_run_options,
-    check_out,
-    check_positive,
-    counter,
-    end_together,
-    find_source,
-    load,
-    peak_memory,
-    plan_beside,
-)
+from _scoring import add_run_options, check_out, check_positive, counter, find_source
 
 EXAMPLES = """\
   python scripts/eval.py --model OUT --tasks arc_easy,hellaswag,wikitext
@@ -59,60 +46,42 @@ def main(arguments: argparse.Namespace) -> None:
     samples_file = out.with_name(out.name.removesuffix(".json") + ".samples.jsonl")
     check_out(arguments, out, *([samples_file] if arguments.samples else []))
 
-    from eval.run import find_tasks, run_tasks, total_work
+    from lm_eval.utils import make_table
 
-    manager = find_tasks(names, arguments.include_path)
-    lm, placement = load(arguments, source)
-    started = time.perf_counter()
-    quiet = arguments.quiet or lm.rank != 0
-    # Results go to stdout; what lm-eval prints on the way does not.
-    with counter("scoring", "request", 0, quiet) as bar, contextlib.redirect_stdout(sys.stderr):
-        found = run_tasks(
-            lm,
+    from eval.evaluation import evaluate_tasks
+    from merge.publish import write_whole
+
+    quiet = arguments.quiet or int(os.environ.get("RANK", "0")) != 0
+    with counter("scoring", "request", 0, quiet) as bar:
+        evaluated = evaluate_tasks(
+            source,
             names,
             num_fewshot=arguments.num_fewshot,
             limit=arguments.limit,
-            manager=manager,
-            answered=lambda requests: bar.update(requests * lm.world_size),
+            include_path=arguments.include_path,
+            dtype=arguments.dtype,
+            device=arguments.device,
+            batch_size=arguments.batch_size,
+            progress=bar.update,
         )
-    seconds = time.perf_counter() - started
-    work = total_work(lm)
-
-    def finish() -> None:
-        from lm_eval.utils import make_table
-
-        from merge.publish import write_whole
-
-        assert found is not None  # this is the first process
-        keep = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs", "lm_eval_version")
-        record: dict[str, Any] = {
-            "model": source.spec,
-            "plan": plan_beside(source),
-            "dtype": placement.dtype,
-            "device": placement.device,
-            "limit": arguments.limit,
-            **{key: found[key] for key in keep if key in found},
-            "time_s": round(seconds, 2),
-            "tokens": asdict(work),
-            "not_shared_because": lm.not_shared_because,
-            **peak_memory(lm),
-        }
-        if arguments.samples:
-            rows = ({"task": task} | row for task, samples in found["samples"].items() for row in samples)
-            write_whole(samples_file, "".join(json.dumps(row, default=str) + "\n" for row in rows))
-        write_whole(out, json.dumps(record, indent=2, default=str) + "\n")
-        print(make_table(found).strip())
-        if found.get("groups"):
-            print(make_table(found, "groups").strip())
-        print(
-            f"{source.spec}: {seconds:.1f} s, {work.tokens_run:,} tokens run ({work.tokens_unshared:,} without sharing), "
-            f"{placement.dtype} on {placement.device}"
-        )
-        if lm.not_shared_because:
-            print(f"prefixes were not shared: {lm.not_shared_because}")
-        print(json.dumps({"results": str(out)} | {task: _numbers(values) for task, values in found["results"].items()}))
-
-    end_together(lm, finish)
+    if evaluated is None:  # this is not the first of several processes
+        return
+    record, found = evaluated
+    if arguments.samples:
+        rows = ({"task": task} | row for task, samples in found["samples"].items() for row in samples)
+        write_whole(samples_file, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+    write_whole(out, json.dumps(record, indent=2, default=str) + "\n")
+    print(make_table(found).strip())
+    if found.get("groups"):
+        print(make_table(found, "groups").strip())
+    work = record["tokens"]
+    print(
+        f"{source.spec}: {record['time_s']:.1f} s, {work['tokens_run']:,} tokens run ({work['tokens_unshared']:,} without "
+        f"sharing), {record['dtype']} on {record['device']}"
+    )
+    if record["not_shared_because"]:
+        print(f"prefixes were not shared: {record['not_shared_because']}")
+    print(json.dumps({"results": str(out)} | {task: _numbers(values) for task, values in found["results"].items()}))
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

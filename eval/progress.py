@@ -1,0 +1,57 @@
+"""What a long evaluation has finished, kept on disk subject by subject, so that one that was stopped can go on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from merge.publish import write_whole
+
+from .errors import DataError
+from .results import Answer
+
+
+class Progress:
+    """Finished subjects of a run that is under way, under the settings that they were asked with.
+
+    Args:
+        path: a file of JSON lines, the settings first.
+        settings: what must be the same for finished subjects to count.
+        resume: whether to take over what the file holds.
+
+    Raises:
+        DataError: the file is of a run with other settings.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
+        self.path = path
+        self.header = json.dumps(settings, sort_keys=True)
+        self.finished: dict[str, list[Answer]] = {}
+        lines = path.read_text(encoding="utf-8").splitlines() if resume and path.is_file() else []
+        if lines and lines[0] != self.header:
+            raise DataError(f"{path} is of a run with other options or another model; run with --overwrite to begin again")
+        for line in lines[1:]:
+            try:
+                entry = json.loads(line)
+                found = [Answer(**answer | {"logprobs": tuple(answer["logprobs"])}) for answer in entry["answers"]]
+                self.finished[str(entry["subject"])] = found
+            except (ValueError, KeyError, TypeError):
+                break  # the line that was being written
+
+    def start(self) -> None:
+        """Writes what was finished, without a line that was being written when the earlier run stopped."""
+        write_whole(self.path, "\n".join([self.header, *map(self._line, self.finished)]) + "\n")
+
+    def add(self, subject: str, answers: Sequence[Answer]) -> None:
+        """Keeps the answers of a finished subject."""
+        self.finished[subject] = list(answers)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(self._line(subject) + "\n")
+
+    def remove(self) -> None:
+        """The results are written; nothing is under way any more."""
+        self.path.unlink(missing_ok=True)
+
+    def _line(self, subject: str) -> str:
+        return json.dumps({"subject": subject, "answers": [asdict(answer) for answer in self.finished[subject]]})
