@@ -79,6 +79,11 @@ def influence_bars(path: Path, values: Sequence[float], removed: Sequence[int]) 
 def search_history(path: Path, trials: Sequence[Trial], what: str) -> None:
     """The loss of every trial in its order, and the best so far that met the limit."""
     figure, (ax,) = axes()
+    save(figure, path, ("trial", "start", "step", "loss", "over_limit", "best"), draw_history(ax, trials, what))
+
+
+def draw_history(ax: Axes, trials: Sequence[Trial], what: str) -> list[tuple[Any, ...]]:
+    """Draws `search_history`; its data."""
     ways = list(dict.fromkeys(trial.start for trial in trials if trial.step > 0)) or [""]
     groups: dict[str, list[int]] = {}
     for i, trial in enumerate(trials):
@@ -110,17 +115,21 @@ def search_history(path: Path, trials: Sequence[Trial], what: str) -> None:
         ax.set_yscale("log")
     ax.set(xlabel="trial", ylabel=what, title="Loss of every trial")
     ax.legend(frameon=False, fontsize=8)
-    rows = ((i, t.start, t.step, t.loss, t.over, b) for i, (t, b) in enumerate(zip(trials, line, strict=True)))
-    save(figure, path, ("trial", "start", "step", "loss", "over_limit", "best"), rows)
+    return [(i, t.start, t.step, t.loss, t.over, b) for i, (t, b) in enumerate(zip(trials, line, strict=True))]
 
 
 def alphas_by_step(path: Path, plans: Mapping[str, Plan]) -> None:
     """The alphas of several plans, step by step; those of other steps than the last plan's are left out."""
+    figure, (ax,) = axes()
+    save(figure, path, ("plan", "step", "into", "remove", "alpha"), draw_alphas(ax, plans))
+
+
+def draw_alphas(ax: Axes, plans: Mapping[str, Plan]) -> list[tuple[Any, ...]]:
+    """Draws `alphas_by_step`; its data."""
     steps = list(plans.values())[-1].steps
     same = [(step.into, step.remove) for step in steps]
     plans = {name: plan for name, plan in plans.items() if [(step.into, step.remove) for step in plan.steps] == same}
-    figure, (ax,) = axes()
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     markers = "os^Dv"
     for i, (name, plan) in enumerate(plans.items()):
         style: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "marker": markers[i % len(markers)], "label": name}
@@ -129,11 +138,18 @@ def alphas_by_step(path: Path, plans: Mapping[str, Plan]) -> None:
     ax.set_xticks(range(len(steps)), [f"{s.into}<-{s.remove}" for s in steps], rotation=60, fontsize=8)
     ax.set(ylabel="alpha, weight of the kept layer", xlabel="step, in order", title="Alphas", ylim=(-0.03, 1.03))
     ax.legend(frameon=False)
-    save(figure, path, ("plan", "step", "into", "remove", "alpha"), rows)
+    return rows
 
 
 def mixtures(path: Path, plan: Plan) -> None:
     """The coefficients of every mixed row: what each surviving layer is made of, tensor group by tensor group."""
+    found = draw_mixtures(plan)
+    if found is not None:
+        save(found[0], path, ("row", "group", "layer", "coefficient"), found[1])
+
+
+def draw_mixtures(plan: Plan) -> tuple[Figure, list[tuple[Any, ...]]] | None:
+    """Draws `mixtures` in a figure of its own; its data. None where nothing is mixed."""
     labels, values, rows = [], [], []
     for i, row in enumerate(plan.rows):
         for group, mix in row.groups.items() or ([("", row.mix)] if not row.is_unit else []):
@@ -143,7 +159,7 @@ def mixtures(path: Path, plan: Plan) -> None:
             values.append([mix.get(layer, 0.0) for layer in range(plan.num_hidden_layers)])
             rows += [(i, group or "all matrices", layer, c) for layer, c in mix.items()]
     if not values:
-        return
+        return None
     table = np.array(values)
     used = np.flatnonzero(np.abs(table).sum(axis=0))
     first, last = int(used.min()), int(used.max())
@@ -157,7 +173,7 @@ def mixtures(path: Path, plan: Plan) -> None:
     ax.set(xlabel="original layer", title="Coefficients (row, tensor group)")
     ax.spines[:].set_visible(False)
     figure.colorbar(image, ax=ax, label="coefficient")
-    save(figure, path, ("row", "group", "layer", "coefficient"), rows)
+    return figure, rows
 
 
 def slices(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], found: Mapping[str, float], what: str) -> None:
