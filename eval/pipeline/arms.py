@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from merge.alphas import plan_from_alphas, read_alphas
+from merge.alphas import Alphas, plan_from_alphas, read_alphas
 from merge.errors import PlanError
 from merge.methods import plan_dropping, plan_from_method
 from merge.plan import Plan, read_plan
@@ -45,37 +45,42 @@ class Arm:
         return len(self.plan.rows) if self.plan else None
 
 
-def read_merges(files: Sequence[str], num_hidden_layers: int) -> list[Arm]:
-    """The merges that alphas files and plans describe, named by their files.
+def read_merges(files: Sequence[str], num_hidden_layers: int) -> tuple[list[Arm], dict[str, str]]:
+    """(the merges that alphas files and plans describe, named by their files; files that are for other models, and why).
 
     Raises:
-        RecordError, PlanError: a file is malformed, or does not fit a model of so many layers.
+        RecordError, PlanError: a file is malformed, or none fits a model of so many layers.
         DataError: two have one name.
     """
-    arms = []
+    arms: list[Arm] = []
+    left_out: dict[str, str] = {}
     for path in map(Path, files):
         content = read_json(path)
-        if isinstance(content, dict) and "rows" in content:
-            plan, option = read_plan(path), "--plan"
-            if plan.num_hidden_layers != num_hidden_layers:
-                raise PlanError(
-                    f"{path} is a plan for {plan.num_hidden_layers} layers, but the model has {num_hidden_layers}; "
-                    "give a plan made for this model"
-                )
+        made_for: Plan | Alphas = read_plan(path) if isinstance(content, dict) and "rows" in content else read_alphas(path)
+        if made_for.num_hidden_layers not in (None, num_hidden_layers):
+            left_out[str(path)] = f"it is for {made_for.num_hidden_layers} layers, but the model has {num_hidden_layers}"
         else:
-            plan, option = plan_from_alphas(read_alphas(path), num_hidden_layers), "--alphas"
-        # A search writes its plan as FOLDER/plan.json: then the folder has the name.
-        name = path.resolve().parent.name if path.stem == "plan" else path.stem
-        name = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "merge"
-        mixes = any(not row.is_unit for row in plan.rows)
-        kind = "merge" if mixes else "drop-given"
-        command = f"python scripts/merge.py {option} {path} --model MODEL"
-        arms.append(Arm(name, kind, replace(plan, name=name), command, str(path)))
+            arms.append(_arm(path, made_for, num_hidden_layers))
+    if not arms:
+        said = "; ".join(f"{path}: {why}" for path, why in left_out.items())
+        raise PlanError(f"{said or 'there is no merge to study'}; give alphas files or plans made for this model")
     names = [ORIGINAL, *(arm.name for arm in arms)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f"two models of the study would be named {twice[0]!r}; rename one of the files")
-    return arms
+    return arms, left_out
+
+
+def _arm(path: Path, found: Plan | Alphas, num_hidden_layers: int) -> Arm:
+    """The merge in a file."""
+    plan = found if isinstance(found, Plan) else plan_from_alphas(found, num_hidden_layers)
+    option = "--plan" if isinstance(found, Plan) else "--alphas"
+    # A search writes its plan as FOLDER/plan.json: then the folder has the name.
+    name = path.resolve().parent.name if path.stem == "plan" else path.stem
+    name = re.sub(r"[^\w.+-]+", "-", name).strip("-.") or "merge"
+    kind = "drop-given" if all(row.is_unit for row in plan.rows) else "merge"
+    command = f"python scripts/merge.py {option} {path} --model MODEL"
+    return Arm(name, kind, replace(plan, name=name), command, str(path))
 
 
 def make_arms(

@@ -20,6 +20,7 @@ from .arms import ORIGINAL
 from .summary import MEASURES, Comparison, Model
 
 INK = "#010203"  # drawn in this, and replaced by the page's own colour
+DECADE = 10.0  # perplexities that span more are drawn on a log axis
 NORMAL = 1.96  # standard errors on either side of an accuracy make a 95 % interval
 LOOKS = {  # kind of model -> colour, marker
     ORIGINAL: (INK, "D"), "merge": (COLOURS[0], "o"), "uniform": (COLOURS[2], "^"),
@@ -39,7 +40,7 @@ def overview(models: Sequence[dict[str, Any]]) -> str | None:
     if any("cloze" in row for row in models):
         panels.append(("LAMBADA accuracy", False, lambda row: _accuracy(row.get("cloze"))))
     if any("perplexity" in row for row in models):
-        panels.append(("perplexity (log, left is better)", True, _perplexity))
+        panels.append(("perplexity (left is better)", True, _perplexity))
     if not panels:
         return None
     with rc_context(STYLE):
@@ -55,7 +56,8 @@ def overview(models: Sequence[dict[str, Any]]) -> str | None:
                 ax.errorbar(middle, place, xerr=span, fmt=marker, color=colour, capsize=3, markersize=5)
             _rows(ax, [row["name"] for row in models], labelled=ax is found[0])
             ax.set_xlabel(title)
-            if log:
+            values = [one[0] for row in models if (one := value(row)) is not None]
+            if log and max(values) > DECADE * min(values):
                 ax.set_xscale("log")
             else:
                 ax.xaxis.set_major_locator(MaxNLocator(4))

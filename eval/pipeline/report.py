@@ -75,12 +75,12 @@ def page(study: Study) -> str:
 def text_table(study: Study) -> str:
     """The summary as plain text, one line per model."""
     rows = table_rows(study)
-    lines = [f"{'model':24}{'layers':>7}{'parameters':>16}{'MMLU':>16}{'perplexity':>12}{'LAMBADA':>16}{'decode tok/s':>14}"]
+    lines = [f"{'model':24}{'layers':>7}{'parameters':>16}{'MMLU':>18}{'perplexity':>12}{'LAMBADA':>18}{'decode tok/s':>14}"]
     for row in rows:
         speed = row["speed"][0]["decode_per_s"] if row.get("speed") else None
         lines.append(
-            f"{row['name']:24.24}{row['layers']:>7}{row['parameters']:>16,}{_plain(row.get('mmlu_micro')):>16}"
-            f"{_number(row.get('perplexity')):>12}{_plain(row.get('cloze')):>16}{_number(speed):>14}"
+            f"{row['name']:24.24}{row['layers']:>7}{row['parameters']:>16,}{_plain(row.get('mmlu_micro')):>18}"
+            f"{_number(row.get('perplexity')):>12}{_plain(row.get('cloze')):>18}{_number(speed):>14}"
         )
     return "\n".join(lines)
 

@@ -151,14 +151,16 @@ def run_study(
     """
     source = resolve(settings.model, revision=settings.revision, configs=configs)
     checkpoint = source.checkpoint()
-    merges = read_merges(settings.merges, checkpoint.num_hidden_layers)
+    merges, left_out = read_merges(settings.merges, checkpoint.num_hidden_layers)
+    for file, why in left_out.items():
+        log.warning("%s is left out: %s", file, why)
     for arm in merges:
         assert arm.plan is not None
         blueprint_for(arm.plan, source)
     data = read_data(settings)
     _check_out(out, resume)
     with work_folder(out):
-        return _Run(settings, out, source, data, command, bars).run(merges)
+        return _Run(settings, out, source, data, command, bars, left_out).run(merges)
 
 
 def read_data(settings: Settings) -> Data:
@@ -212,8 +214,18 @@ def _check_out(out: Path, resume: bool) -> None:
 class _Run:
     """One pass over a study."""
 
-    def __init__(self, settings: Settings, out: Path, source: Source, data: Data, command: str, bars: Bars) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path,
+        source: Source,
+        data: Data,
+        command: str,
+        bars: Bars,
+        left_out: Mapping[str, str],
+    ) -> None:
         self.settings, self.out, self.source, self.data, self.command, self.bars = settings, out, source, data, command, bars
+        self.left_out = dict(left_out)
         checkpoint = source.checkpoint()
         self.parameters = count_parameters(checkpoint.tensors, checkpoint.config)
         self.placement = place_model(
@@ -431,6 +443,7 @@ class _Run:
             "layers": [[layer, nll] for layer, nll in sorted(self.greedy[0].tried.items())] if self.greedy else [],
             "greedy": [[one.layer, one.nll] for one in self.greedy],
             "missing": self.data.missing,
+            "left_out": self.left_out,
             "failed": dict(failed or {}),
             "finished": finished,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),

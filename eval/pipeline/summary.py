@@ -21,7 +21,7 @@ from ..bits import Bits, difference
 from ..compare import SIGNIFICANT, Difference, differences
 from ..errors import DataError
 from ..results import Answer, read_results
-from ..stats import CONFIDENCE, Paired, holm, paired
+from ..stats import CONFIDENCE, Paired, holm, paired, stderr
 from .arms import DROPS, ORIGINAL
 from .run import RESULTS, SCHEMA_VERSION, STUDY
 
@@ -173,9 +173,10 @@ def verdicts(study: Study) -> list[Verdict]:
 def answer(study: Study, found: Sequence[Verdict]) -> list[str]:
     """The study in a few sentences, the question first: does any merge beat dropping at equal depth?"""
     if not any(one.kind == "merge" for one in study.models):
-        return ["No merge has results yet, so nothing can be said about merging."]
+        return ["No merge has results yet, so nothing can be said about merging.", *_cautions(study)]
     if not found:
-        return ["No merge has a control of equal depth with the same measurements, so nothing can be said about merging."]
+        none = "No merge has a control of equal depth with the same measurements, so nothing can be said about merging."
+        return [none, *_cautions(study)]
     lines = []
     for measure in MEASURES:
         here = [one for one in found if one.measure == measure]
@@ -194,12 +195,8 @@ def answer(study: Study, found: Sequence[Verdict]) -> list[str]:
             said.append(f"{_names(worse)} {_verb(worse)} worse than the best way of dropping as many layers")
         lines.append(f"On {name}: {'; '.join(said)}.")
     won = sorted({MEASURES[one.measure][0] for one in found if one.outcome == "better"})
-    first = (
-        f"Yes, on {' and '.join(won)}."
-        if won
-        else "No: no merge is shown to beat simply dropping layers, on anything measured."
-    )
-    return [first, *lines, *_cautions(study)]
+    no = "No: no merge is shown to beat simply dropping layers, on anything measured."
+    return [f"Yes, on {' and '.join(won)}." if won else no, *lines, *_cautions(study)]
 
 
 def table_rows(study: Study) -> list[dict[str, Any]]:
@@ -220,7 +217,7 @@ def table_rows(study: Study) -> list[dict[str, Any]]:
             right = np.array(cloze["right"], dtype=float)
             row["cloze"] = {
                 "acc": cloze["acc"],
-                "stderr": float(right.std(ddof=1) / math.sqrt(len(right))),
+                "stderr": _none(stderr(right.tolist())),
                 "count": len(right),
             }
         if speed := parts.get("speed"):
@@ -258,6 +255,8 @@ def _cautions(study: Study) -> list[str]:
             )
     for part, why in study.record["missing"].items():
         said.append(f"Not measured: {part} ({why}).")
+    for file, why in study.record["left_out"].items():
+        said.append(f"{Path(file).name} was left out: {why}.")
     for name, why in study.record["failed"].items():
         said.append(f"{name} failed: {why}.")
     if not study.record["finished"]:
@@ -290,6 +289,11 @@ def _perplexity_interval(text: dict[str, Any]) -> tuple[float, float] | None:
     error = float(np.std((nll - mean * tokens) / tokens.mean(), ddof=1) / math.sqrt(len(nll)))
     half = float(student.ppf(0.5 + CONFIDENCE / 2, len(nll) - 1)) * error
     return math.exp(min(700.0, mean - half)), math.exp(min(700.0, mean + half))
+
+
+def _none(value: float) -> float | None:
+    """JSON has no nan."""
+    return None if math.isnan(value) else value
 
 
 def _names(names: Sequence[str]) -> str:
