@@ -66,7 +66,7 @@ def test_shipped_sets_have_the_published_mixtures(name, c18, c19, tail):
 
 def test_all_shipped_files_are_read():
     paths = sorted((ROOT / "alphas").glob("*.json"))
-    assert {path.stem for path in paths} == {"base", "gradient", "optimized", "optimized_all", "smollm2"}
+    assert {path.stem for path in paths} == {"base", "gradient", "optimized", "optimized_all", "smollm2", "smollm2_base"}
     for path in paths:
         assert read_alphas(path).name == path.stem
 
