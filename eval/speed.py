@@ -3,6 +3,7 @@
 Batches of random token ids of equal length: what is measured is arithmetic and memory traffic, not any text.
 """
 
+import inspect
 import statistics
 import time
 from collections.abc import Callable
@@ -12,8 +13,6 @@ from typing import Any
 import torch
 
 from .memory import PeakMemory, weight_bytes
-
-MEASURED_LAST = 1  # positions that get logits while a prompt is read: generation needs the last
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,11 @@ def measure_speed(
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (batch, prompt), generator=random).to(device)
 
+    last = _last_only(model)
+
     def once() -> tuple[float, float]:
         begun = _now(device, clock)
-        output = model(input_ids=ids, use_cache=True, logits_to_keep=MEASURED_LAST)
+        output = model(input_ids=ids, use_cache=True, **last)
         read = _now(device, clock)
         for _ in range(generate):
             following = output.logits[:, -1:].argmax(-1)
@@ -63,6 +64,11 @@ def measure_speed(
     )  # fmt: skip
 
 
+def _last_only(model: Any) -> dict[str, int]:
+    """How a model is told that generation needs no other logits than the last; not every one can be."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def _now(device: torch.device, clock: Callable[[], float]) -> float:
     """The time when all work that was given to the device is done."""
     if device.type == "cuda":
@@ -74,8 +80,8 @@ def _peak(model: Any, ids: torch.Tensor) -> int:
     """Bytes alive at one time while the prompts are read."""
     if ids.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(ids.device)
-        model(input_ids=ids, use_cache=True, logits_to_keep=MEASURED_LAST)
+        model(input_ids=ids, use_cache=True, **_last_only(model))
         return int(torch.cuda.max_memory_allocated(ids.device))
     with torch.inference_mode(False), torch.no_grad(), PeakMemory() as memory:  # see eval/memory.py
-        model(input_ids=ids.clone(), use_cache=True, logits_to_keep=MEASURED_LAST)
+        model(input_ids=ids.clone(), use_cache=True, **_last_only(model))
     return int(weight_bytes(model) + memory.peak)

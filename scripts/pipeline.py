@@ -8,6 +8,7 @@ import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
 import json
 import logging
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -75,6 +76,8 @@ def main(arguments: argparse.Namespace) -> int:
     if not content.get("merges"):
         raise UsageError("give --alphas FILE [FILE ...], or a --config that names merges")
     settings = absolute(make_settings(content, str(arguments.config) if arguments.config else "the command line"))
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("a study runs in one process; start it without accelerate launch or torchrun")
     arguments.batch_size = settings.batch_size
     check_run(arguments)
     out = out or Path("runs") / Path(settings.model.rstrip("/")).name.replace(":", "-")

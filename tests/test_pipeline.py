@@ -242,6 +242,34 @@ def test_finished_subjects_of_a_stopped_study_are_kept(small, done, tmp_path, mo
     assert facts(out) == facts(done)
 
 
+def test_results_of_other_questions_are_not_compared(small, done, tmp_path, monkeypatch):
+    """Stopped with other settings after the first model, the report is of that one alone."""
+    out = tmp_path / "study"
+    shutil.copytree(done, out)
+    whole = pipeline._Run._arm
+
+    def stopping(self, arm, model):
+        if arm.name != "original":
+            raise KeyboardInterrupt
+        whole(self, arm, model)
+
+    monkeypatch.setattr(pipeline._Run, "_arm", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings_of(small, mmlu={"limit": 3}), out, resume=True)
+    study = read_study(out)
+    assert [model.name for model in study.models] == ["original"]
+    assert "nothing can be said" in page(study)
+
+
+def test_what_is_no_number_fails_by_name(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline.parts, "window_nll", lambda lm, ids: (np.array([np.nan]), np.array([3])))
+    failed = run_study(settings_of(small, skip=["mmlu", "cloze", "speed"], controls=[]), tmp_path / "out")
+    assert set(failed) == {"original", "top", "middle"}
+    assert "the likelihood of the text is not a number" in failed["top"]
+    with pytest.raises(DataError, match="holds no results yet"):
+        read_study(tmp_path / "out")
+
+
 def test_one_that_fails_leaves_the_others(small, done, tmp_path, monkeypatch):
     out = tmp_path / "failing"
     measure = pipeline._Run._measure
@@ -463,6 +491,13 @@ def test_speed_is_tokens_over_time(tiny_cache):
     assert found.peak_bytes > weights
     wider = measure_speed(lm.model, 12, prompt=8, generate=1, repeats=1)
     assert wider.peak_bytes > found.peak_bytes
+
+
+def test_speed_of_every_family(any_tiny):
+    lm, _ = load_model(any_tiny.checkpoint(), "cpu", "float32", self_check=False)
+    found = measure_speed(lm.model, 2, prompt=6, generate=2, repeats=1)
+    assert found.prefill_per_s > 0
+    assert found.decode_per_s > 0
 
 
 def test_a_file_and_the_command_line_are_one_study(tmp_path):

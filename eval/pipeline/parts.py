@@ -11,11 +11,12 @@ from typing import Any
 
 import lm_eval
 import numpy as np
+import numpy.typing as npt
 import yaml
 from lm_eval.tasks import TaskManager
 
 from ..bits import Bits
-from ..errors import DataError, short
+from ..errors import DataError, ScoreError, short
 from ..lm import PrefixLM
 from ..mmlu import quick_and_quiet
 from ..run import continuation, first_tokens, window_nll
@@ -45,6 +46,7 @@ def split_text(lm: PrefixLM, text: str, settings: Text) -> tuple[list[int], list
 def measure_text(lm: PrefixLM, ids: Sequence[int]) -> dict[str, Any]:
     """Perplexity, and the nats of every window, by which models are compared."""
     nll, tokens = window_nll(lm, ids)
+    _check_finite(nll, "the text")
     mean = float(nll.sum() / tokens.sum())
     return {"perplexity": perplexity(mean), "nll_per_token": mean, "nll": nll.tolist(), "tokens": tokens.tolist()}
 
@@ -103,6 +105,7 @@ def measure_cloze(lm: PrefixLM, passages: Sequence[str], answered: Callable[[int
     samples = sorted(found["samples"][CLOZE_TASK], key=lambda sample: sample["doc_id"])
     right = [bool(sample["acc"]) for sample in samples]
     nll = [-float(sample["filtered_resps"][0][0]) for sample in samples]
+    _check_finite(nll, "the passages")
     return {
         "task": CLOZE_TASK, "count": len(right), "acc": float(np.mean(right)), "perplexity": perplexity(float(np.mean(nll))),
         "right": [int(one) for one in right], "nll": nll,
@@ -126,6 +129,12 @@ def measure_speeds(lm: PrefixLM, settings: Speed, done: Callable[[int], object])
 def sha256(value: Any) -> str:
     """Of plain data, the same for equal data."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check_finite(values: npt.ArrayLike, what: str) -> None:
+    """Raises ScoreError for a model that gives no numbers."""
+    if not np.isfinite(values).all():
+        raise ScoreError(f"the likelihood of {what} is not a number; the model's weights hold NaN or overflow")
 
 
 @functools.cache

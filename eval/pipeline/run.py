@@ -122,6 +122,14 @@ class Kept:
             return None
         return dict(value)
 
+    def has(self, name: str, inputs: Mapping[str, Any]) -> bool:
+        """Whether the part was done with these very inputs; says nothing."""
+        path = self.folder / f"{name}.json"
+        try:
+            return path.is_file() and bool(read_json(path)["inputs"] == json.loads(json.dumps(inputs)))
+        except (MergeError, KeyError, TypeError):
+            return False
+
     def put(self, name: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
         """Keeps what a part gave."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -246,6 +254,10 @@ class _Run:
         self._choose(merges, model)
         removed = [one.layer for one in self.greedy]
         arms = make_arms(merges, self.settings.controls, lambda count: removed[:count] if removed else None, layers)
+        for arm in arms:
+            kept = Kept(self.out / arm.name / "parts")
+            if not all(kept.has(part, self._inputs(part, arm)) for part in self._parts(arm)):
+                (self.out / arm.name / RESULTS).unlink(missing_ok=True)  # of other inputs: nothing to compare the others with
         self._write_study(arms)
         for arm in arms:
             if arm.kind != ORIGINAL:
@@ -292,9 +304,7 @@ class _Run:
         if arm.plan is not None:
             write_whole(folder / "plan.json", json.dumps(plan_to_dict(arm.plan), indent=2) + "\n")
         answers: list[Answer] = []
-        for part in [*(("merge", "verify") if arm.plan else ()), *PARTS]:
-            if part in self.data.missing:
-                continue
+        for part in self._parts(arm):
             inputs = self._inputs(part, arm)
             if part == "mmlu":
                 values[part], answers = self._mmlu(kept, inputs, arm, model)
@@ -371,6 +381,11 @@ class _Run:
         seconds = round(time.perf_counter() - started, 2)
         log.info("%s: %s took %.1f s", arm.name, part, seconds)
         return {**found, "time_s": seconds}
+
+    def _parts(self, arm: Arm) -> list[str]:
+        """What is done for an arm, in order."""
+        measured = [part for part in PARTS if part not in self.data.missing]
+        return [*(("merge", "verify") if arm.plan else ()), *measured]
 
     def _inputs(self, part: str, arm: Arm) -> dict[str, Any]:
         """What a part depends on."""
