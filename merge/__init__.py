@@ -17,6 +17,7 @@ _PUBLIC = {
     "Options": "api", "blueprint_for": "api", "merge_checkpoint": "api",
     "Checkpoint": "checkpoint", "read_checkpoint": "checkpoint",
     "MergeError": "errors",
+    "check_push": "hub", "push_folder": "hub",
     "METHODS": "methods", "plan_dropping": "methods", "plan_from_method": "methods",
     "Plan": "plan", "Row": "plan", "Step": "plan", "compose": "plan", "read_plan": "plan",
     "Source": "source", "resolve": "source",

@@ -28,6 +28,10 @@ class OutputError(MergeError, OSError):
     """The output cannot be written: folder in use, disk too small, or a failing write."""
 
 
+class HubError(MergeError, OSError):
+    """A folder cannot be pushed to the Hub; the folder itself is as it was."""
+
+
 class VerificationError(MergeError, ValueError):
     """An output does not hold what its plan says."""
 

@@ -82,9 +82,10 @@ def run(
 ) -> NoReturn:
     """Parses the command line, runs `main`, and ends the process: 0, 1 for an error, 2 for wrong usage, 130 for Ctrl-C.
 
-    `stopped` is what Ctrl-C and SIGTERM print.
+    `stopped` is what Ctrl-C and SIGTERM print, unless `main` has set `arguments.stopped` since.
     """
     arguments = result.parse_args()
+    arguments.stopped = stopped
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(arguments.verbose, 2)]
     logging.basicConfig(format="%(message)s", level=logging.ERROR if arguments.quiet else level, stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "httpcore", "filelock", "urllib3", "fsspec", "asyncio"):
@@ -102,7 +103,7 @@ def run(
     except (MergeError, EvalError, FusionError) as error:
         _end(arguments, f"error: {_one_line(error)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
-        _end(arguments, stopped, 143 if isinstance(error, _TerminatedError) else 130)
+        _end(arguments, arguments.stopped, 143 if isinstance(error, _TerminatedError) else 130)
     except BrokenPipeError:  # the reader of our output left: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -14,6 +14,7 @@ from merge.alphas import plan_from_alphas, read_alphas
 from merge.api import Options, blueprint_for, merge_checkpoint
 from merge.blueprint import DEFAULT_SHARD_SIZE, Blueprint, count_parameters
 from merge.card import plan_in_words
+from merge.hub import check_push, push_folder, retry_command
 from merge.methods import METHODS, plan_dropping, plan_from_method
 from merge.plan import TENSOR_MODES, Plan, check_arithmetic, plan_to_dict, read_plan
 from merge.runtime import DTYPES
@@ -24,7 +25,8 @@ EXAMPLES = """\
   python scripts/merge.py --alphas alphas/base.json --model DIR --dry-run      what would be written, from headers alone
   python scripts/merge.py --method drop-last --layers 13 --model DIR           the control: the same depth, nothing mixed
   python scripts/merge.py --method drop --remove 5,14 --model DIR              exactly these layers dropped
-  python scripts/merge.py --alphas alphas/base.json --model tiny:llama3-8b     a random twin, no weights needed"""
+  python scripts/merge.py --alphas alphas/base.json --model tiny:llama3-8b     a random twin, no weights needed
+  python scripts/merge.py --alphas alphas/base.json --push-to-hub USER/NAME    then to a private repository of the Hub"""
 
 
 def options() -> argparse.ArgumentParser:
@@ -61,8 +63,16 @@ def options() -> argparse.ArgumentParser:
         help="share unchanged source shards instead of copying them: reflinks where the file system can, otherwise hard links "
         "(then never edit the output in place: the source would change too)",
     )
-    out.add_argument("--overwrite", action="store_true", help="replace an earlier output of this program")
+    out.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier output of this program, with --push-to-hub there too"
+    )
     out.add_argument("--verify", action="store_true", help="recompute and compare everything before the folder appears")
+    out.add_argument(
+        "--push-to-hub",
+        metavar="USER/NAME",
+        help="upload the finished folder to this repository, private unless --public; needs 'hf auth login' or HF_TOKEN",
+    )
+    out.add_argument("--public", action="store_true", help="with --push-to-hub: let everybody see it")
     out.add_argument("--base-model", metavar="ID", help="Hub id for the model card when --model is a folder")
     out.add_argument("--dry-run", action="store_true", help="print what would be written; reads headers only")
     out.add_argument("--json", action="store_true", help="with --dry-run: print the plan as JSON, which --plan accepts")
@@ -70,8 +80,10 @@ def options() -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Merges, or prints what would be merged."""
+    """Merges and pushes, or prints what would be merged."""
     _check_usage(arguments)
+    if arguments.push_to_hub is not None:
+        check_push(arguments.push_to_hub, public=arguments.public, overwrite=arguments.overwrite)
     source, plan = _source_and_plan(arguments)
     settings = Options(
         dtype=arguments.dtype,
@@ -110,7 +122,16 @@ def main(arguments: argparse.Namespace) -> None:
         say += [f"note: {note}" for note in report.notes]
         say += [f"verified: every tensor is what {relative(out)}/plan.json says"] if arguments.verify else []
         print("\n".join(say), file=sys.stderr)
-    print(out)
+    print(out, flush=True)
+    if arguments.push_to_hub is not None:
+        _push(arguments, out)
+
+
+def _push(arguments: argparse.Namespace, out: Path) -> None:
+    how = {"public": arguments.public, "overwrite": arguments.overwrite}
+    again = retry_command(out, arguments.push_to_hub, **how)
+    arguments.stopped = f"stopped while pushing; {out} is whole; push it with: {again}"
+    print(push_folder(out, arguments.push_to_hub, **how))
 
 
 def _check_usage(arguments: argparse.Namespace) -> None:
@@ -123,6 +144,10 @@ def _check_usage(arguments: argparse.Namespace) -> None:
         raise UsageError("--remove and --method drop go together")
     if arguments.compat and arguments.method:
         raise UsageError("--compat sequential needs steps: --alphas, or a --plan that has them")
+    if arguments.public and arguments.push_to_hub is None:
+        raise UsageError("--public goes with --push-to-hub; without it nothing leaves this machine")
+    if arguments.push_to_hub is not None and arguments.dry_run:
+        raise UsageError("--push-to-hub does not go with --dry-run, which writes nothing that could be pushed")
     if arguments.json and not arguments.dry_run:
         raise UsageError("--json goes with --dry-run")
 
