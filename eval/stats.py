@@ -4,14 +4,14 @@ Two models that answer the same questions are compared question by question: wha
 nothing about their difference. b and c count the questions that only the first and only the second gets right.
 """
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import binomtest
-from scipy.stats import t as student
 
 BOOTSTRAP_SAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -48,7 +48,7 @@ def mean(values: npt.ArrayLike, block: int = 1) -> Mean:
     found = np.asarray(values, dtype=np.float64)
     blocks = found[: len(found) // block * block].reshape(-1, block).mean(axis=1)
     value, error = float(found.mean()), stderr(blocks)
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, max(1, len(blocks) - 1))) * error
+    half = float(_scipy_stats().t.ppf(0.5 + CONFIDENCE / 2, max(1, len(blocks) - 1))) * error
     return Mean(value, value - half, value + half, error, len(found), block)
 
 
@@ -101,7 +101,7 @@ def paired(first: Sequence[bool], second: Sequence[bool], seed: int = 0) -> Pair
 
 def mcnemar(b: int, c: int) -> float:
     """Two-sided exact McNemar p-value: b of b + c discordant questions under a fair coin; 1 where there are none."""
-    return float(binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
+    return float(_scipy_stats().binomtest(b, b + c, 0.5).pvalue) if b + c else 1.0
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -112,3 +112,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
         worst = max(worst, min(1.0, p_values[index] * (len(p_values) - rank)))
         adjusted[index] = worst
     return adjusted
+
+
+def _scipy_stats() -> Any:
+    """Imported when the first interval is computed: it takes longer than all else that --help of a script needs."""
+    return importlib.import_module("scipy.stats")

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -84,6 +85,8 @@ def run(
 
     `stopped` is what Ctrl-C and SIGTERM print, unless `main` has set `arguments.stopped` since.
     """
+    if "_ARGCOMPLETE" in os.environ:
+        _complete(result)
     arguments = result.parse_args()
     arguments.stopped = stopped
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(arguments.verbose, 2)]
@@ -116,6 +119,15 @@ def run(
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(arguments, f"error: {where}{error.strerror or _one_line(error)}", 1)
+
+
+def _complete(result: argparse.ArgumentParser) -> NoReturn:
+    """Answers a shell that asks what may follow, by the `completion` extra; without it there is no answer and no run."""
+    with suppress(ImportError):
+        import argcomplete
+
+        argcomplete.autocomplete(result)  # ends the process
+    sys.exit(1)
 
 
 class _TerminatedError(BaseException):

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Runs the arithmetic study: small networks that learn x+y, x-y, x/y mod 97 and permutations, alone, fused and merged."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compares ways of fusing models, each trained alike, with the controls that tell whether the donors matter."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

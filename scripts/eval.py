@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Any of lm-eval's tasks on a model: the same tasks, metrics and results, each shared prefix computed once."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

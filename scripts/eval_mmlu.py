@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """MMLU of a model: accuracy with error bars, and what it does not show: perplexity of plain text and a few written words."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Says what a list of alphas, or a plan, really does: the mixture in every changed layer and what each alpha moves."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Joins models of different architectures: a host that reads the intermediate states of donors, as one Hugging Face model."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Fuses layers of a checkpoint into a smaller one: a Hugging Face folder that loads everywhere, whole or not at all."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

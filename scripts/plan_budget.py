@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Which hosts and donors fit below a parameter budget: layers fused away, taps, room for fusers. Reads configs only."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

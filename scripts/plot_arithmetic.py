@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Draws the figures of an arithmetic study again from what is on disk, and prints its table."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

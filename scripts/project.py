@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Moves a host's weights towards what a donor of another architecture writes: projected RegMean, which is a baseline."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

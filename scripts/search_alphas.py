@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Searches alphas, or coefficients per tensor group, on cached hidden states: a trial costs a fraction of an evaluation."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

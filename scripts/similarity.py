@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """How alike a model's layers are, from one pass over calibration texts: heat map, and alphas or a plan from it."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

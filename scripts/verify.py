@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Recomputes what an output's plan says from its source and compares every tensor, bit for bit."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)
