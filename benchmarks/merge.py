@@ -3,7 +3,7 @@
 What is measured, on a random bf16 checkpoint with the shapes of Llama-3-8B (or a small one) and alphas/base.json:
   copy        copy_file_range of exactly the bytes that the merge keeps, into as many files; no merge can be faster than this
               by much (one thread, as `cp` does; without and with fsync)
-  merge       python scripts/merge.py as a user runs it, from start to exit, fsync included
+  merge       scripts/merge.py as a user runs it, from start to exit, fsync included
   link        the same with --link
   mergekit    the nearest that mergekit can do: `linear` over 14 aliases of the checkpoint (give --mergekit its executable)
 Each is repeated, interleaved with the others; ratios are of medians within one run, because shared machines are noisy.

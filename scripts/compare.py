@@ -14,7 +14,8 @@ from eval.results import read_results
 
 EXAMPLES = """\
   python scripts/compare.py results/original.json results/base.json results/drop-last.json
-  python scripts/compare.py a.json b.json --subjects --flips"""
+  python scripts/compare.py a.json b.json --subjects --flips
+  python scripts/compare.py a.json b.json --json > differences.json"""
 
 
 def options() -> argparse.ArgumentParser:

@@ -21,7 +21,8 @@ from merge.source import resolve
 
 EXAMPLES = """\
   make demo
-  python scripts/demo.py --prompt "Photosynthesis is" --tokens 40"""
+  python scripts/demo.py --prompt "Photosynthesis is" --tokens 40
+  python scripts/demo.py --model SmolLM2-135M-Instruct.Q4_1.gguf --out runs/demo     weights that you have already"""
 PROMPT = "The capital of France is"
 
 

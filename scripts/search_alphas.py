@@ -44,7 +44,7 @@ NOT_SETTINGS = (
 EXAMPLES = """\
   python scripts/search_alphas.py --model M --alphas alphas/base.json --data-dir MMLU --text train.txt --out found
   python scripts/search_alphas.py --model M --layers 8 --space coefficients --data-dir MMLU --text train.txt
-  python scripts/search_alphas.py --model M --layers 8 --method gp --trials 200 --storage sqlite:///search.db --resume
+  python scripts/search_alphas.py --model M --layers 8 --method gp --target kl --storage sqlite:///search.db --resume
   python scripts/search_alphas.py --model M --greedy 8 --objective perplexity --text train.txt"""
 
 
@@ -106,7 +106,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Searches, selects, reports and writes."""
-    _check(arguments)
+    _check_usage(arguments)
     wants_questions = arguments.target != "text"
     source = find_source(arguments)
     checkpoint = source.checkpoint()
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> None:
     text = "\n\n".join(read_texts(arguments, TOKEN_CHARACTERS * arguments.text_tokens)) if has_text(arguments) else None
     lm, placement = load(arguments, source)
     if start is None:
-        assert text is not None  # _check saw to it
+        assert text is not None  # _check_usage saw to it
         start = _greedy(arguments, lm, text, checkpoint.num_hidden_layers)
     space = _space(arguments, start, checkpoint)
 
@@ -196,7 +196,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(json.dumps({"out": str(arguments.out), "found": report["scores"]["found"]["held-out"]}))
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _check_usage(arguments: argparse.Namespace) -> None:
     """Refuses options that contradict each other, and fills in what the objective implies."""
     if sum(x is not None for x in (arguments.alphas, arguments.layers, arguments.remove, arguments.greedy)) != 1:
         raise UsageError("give one of --alphas, --layers, --remove and --greedy")

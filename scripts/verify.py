@@ -13,7 +13,8 @@ from merge.verify import verify_folder
 
 EXAMPLES = """\
   python scripts/verify.py merged/Meta-Llama-3-8B-base
-  python scripts/verify.py OUT --model DIR        where the source has moved"""
+  python scripts/verify.py OUT --model DIR                         where the source has moved
+  python scripts/verify.py OUT --model org/name --revision REV     against another revision of it"""
 
 
 def options() -> argparse.ArgumentParser:
