@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from tiny import ROOT
 
 ALLOWED = {"merge": set(), "eval": {"merge"}, "scripts": {"merge", "eval", "scripts"}}
@@ -52,6 +53,12 @@ def test_packages_are_those_of_this_checkout():
     assert all(getattr(merge, name) is not None for name in merge.__all__)
     with pytest.raises(AttributeError):
         merge.no_such_name  # noqa: B018
+
+
+def test_citation_is_of_this_release():
+    record = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert record["version"] == importlib.import_module("merge").__version__
+    assert (record["cff-version"], record["type"], record["title"]) == ("1.2.0", "software", "layerfuse")
 
 
 def test_nothing_private_is_tracked():
