@@ -1,12 +1,12 @@
 """The model card (README.md) of a result: what it is made of, how, and what that means, for people and for the Hub."""
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 from .blueprint import Blueprint
 from .plan import ARITHMETICS, TENSOR_MODES, Mix, Plan, Row, effective_layers
@@ -105,7 +105,7 @@ def _linked(model: str | None, name: str) -> str:
 def _source_metadata(path: Path) -> Mapping[str, Any]:
     """The front matter of the source's card; empty where there is none that can be read."""
     try:
-        metadata = metadata_load(path)
+        metadata = importlib.import_module("huggingface_hub.repocard").metadata_load(path)  # brings the Hub's whole client
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return metadata if isinstance(metadata, Mapping) else {}

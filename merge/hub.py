@@ -3,6 +3,8 @@
 The weights are sent first (by xet or LFS; what arrived in an earlier try is not sent again) and one commit names all files, so
 that the repository never holds half a model. huggingface_hub's own `upload_folder` may commit in parts what takes more than a
 few minutes to send. Who you are is huggingface_hub's business: HF_TOKEN or `hf auth login`; a token is never asked for here.
+
+Names of huggingface_hub are written out where they are used: its client takes as long to import as all else of a dry run.
 """
 
 import logging
@@ -12,9 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, but not in an __all__
 
 from .errors import HubError
@@ -53,9 +53,9 @@ def push_folder(folder: Path, repo_id: str, *, public: bool = False, overwrite: 
         raise HubError(f"{folder} holds no config.json, so it is not a model folder; nothing was pushed")
     parent, there = _look(repo_id, public, overwrite)
     files = _files(folder)
-    adds = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
-    gone = [CommitOperationDelete(name) for name in sorted(there - files.keys())]
-    api = HfApi(token=True)
+    adds = [huggingface_hub.CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+    gone = [huggingface_hub.CommitOperationDelete(name) for name in sorted(there - files.keys())]
+    api = huggingface_hub.HfApi(token=True)
     failed = f"{folder} is whole, but pushing it to {repo_id} failed"
     log.info("pushing %d files to %s", len(adds), repo_id)
     with _one_line(failed, f"try again with: {retry_command(folder, repo_id, public=public, overwrite=overwrite)}"):
@@ -65,7 +65,7 @@ def push_folder(folder: Path, repo_id: str, *, public: bool = False, overwrite: 
             repo_id, [*adds, *gone], commit_message="Upload a model made by layerfuse", parent_commit=parent
         )
         found = api.list_repo_tree(repo_id, recursive=True, revision=commit.oid)
-        sizes = {entry.path: entry.size for entry in found if isinstance(entry, RepoFile)}
+        sizes = {entry.path: getattr(entry, "size", None) for entry in found}  # folders have none
         wrong = sorted(name for name, path in files.items() if sizes.get(name) != path.stat().st_size)
         if wrong:
             raise HubError(f"{failed}: {', '.join(wrong)} did not arrive whole; look at {api.endpoint}/{repo_id}")
@@ -88,7 +88,7 @@ def _look(repo_id: str, public: bool, overwrite: bool) -> tuple[str | None, set[
         raise HubError(f"{repo_id!r} cannot name a repository to push to; expected USER/NAME")
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise HubError("HF_HUB_OFFLINE is set, so nothing can be pushed; unset it, or push later with 'hf upload'")
-    api = HfApi(token=True)
+    api = huggingface_hub.HfApi(token=True)
     if huggingface_hub.get_token() is None:
         raise HubError("you are not logged in to the Hub; log in with 'hf auth login', or set HF_TOKEN")
     with _one_line(f"cannot push to {repo_id}"):
@@ -110,7 +110,7 @@ def _look(repo_id: str, public: bool, overwrite: bool) -> tuple[str | None, set[
     return info.sha, files
 
 
-def _check_rights(repo_id: str, api: HfApi) -> None:
+def _check_rights(repo_id: str, api: "huggingface_hub.HfApi") -> None:
     """Refuses what the login says beforehand; whether an organisation lets its member write shows only at the push."""
     me = api.whoami()
     names = [me["name"], *(organisation["name"] for organisation in me.get("orgs") or [])]
