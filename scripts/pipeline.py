@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """A whole study: merges and their controls made, verified, measured and compared, with a report that says what came out.
 
 Beside every merge stand the same number of layers dropped from the top, dropped greedily, and averaged. A study that was

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """The report of a study again, from what is on disk: one HTML file that needs nothing else."""
 
 import _checkout  # noqa: F401 (puts the repository first on sys.path)

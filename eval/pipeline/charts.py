@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from scipy.stats import binomtest
 
 from merge.plan import Plan
 from merge.search import Trial
@@ -21,7 +22,6 @@ from .summary import MEASURES, Comparison, Model
 
 INK = "#010203"  # drawn in this, and replaced by the page's own colour
 DECADE = 10.0  # perplexities that span more are drawn on a log axis
-NORMAL = 1.96  # standard errors on either side of an accuracy make a 95 % interval
 LOOKS = {  # kind of model -> colour, marker
     ORIGINAL: (INK, "D"), "merge": (COLOURS[0], "o"), "uniform": (COLOURS[2], "^"),
 }  # fmt: skip
@@ -188,10 +188,11 @@ def _rows(ax: Axes, names: Sequence[str], *, labelled: bool = True) -> None:
 
 
 def _accuracy(score: dict[str, Any] | None) -> tuple[float, float, float] | None:
+    """(accuracy, 95 % interval by Wilson's score, which also holds for none right)."""
     if score is None:
         return None
-    error = NORMAL * (score["stderr"] or 0.0)
-    return score["acc"], score["acc"] - error, score["acc"] + error
+    interval = binomtest(round(score["acc"] * score["count"]), score["count"]).proportion_ci(method="wilson")
+    return score["acc"], float(interval.low), float(interval.high)
 
 
 def _perplexity(row: dict[str, Any]) -> tuple[float, float, float] | None:

@@ -236,4 +236,6 @@ def _signed(value: float) -> str:
 
 
 def _size(value: float) -> str:
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
+    if value >= 1e9:
+        return f"{value / 1e9:.2f} GB"
+    return f"{value / 1e6:.0f} MB" if value >= 1e7 else f"{value / 1e3:,.0f} kB"

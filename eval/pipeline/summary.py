@@ -25,6 +25,7 @@ from ..stats import CONFIDENCE, Paired, holm, paired, stderr
 from .arms import DROPS, ORIGINAL
 from .run import RESULTS, SCHEMA_VERSION, STUDY
 
+KEYS = ("arms", "missing", "left_out", "failed", "finished", "num_hidden_layers", "layers", "greedy", "settings")
 CHANCE = 0.25  # of four answers
 MEASURES = {  # measurement -> name, unit of its differences, whether more is better
     "mmlu": ("MMLU accuracy", "points", True),
@@ -106,7 +107,7 @@ def read_study(folder: Path) -> Study:
     if not path.is_file():
         raise DataError(f"{folder} holds no {STUDY}; expected the output of scripts/pipeline.py")
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or "arms" not in record:
+    if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or not set(KEYS) <= set(record):
         raise DataError(f"{path} is not a study of this release; expected the output of scripts/pipeline.py")
     models = []
     for arm in record["arms"]:
