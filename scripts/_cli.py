@@ -89,17 +89,8 @@ def run(
         _complete(result)
     arguments = result.parse_args()
     arguments.stopped = stopped
-    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(arguments.verbose, 2)]
-    logging.basicConfig(format="%(message)s", level=logging.ERROR if arguments.quiet else level, stream=sys.stderr)
-    for noisy in ("httpx", "httpx2", "httpcore", "filelock", "urllib3", "fsspec", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.WARNING if arguments.verbose < 2 else logging.DEBUG)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if arguments.verbose > 1 else "error")
-    if arguments.quiet or not sys.stderr.isatty():
-        disable_progress_bars()  # the Hub's own; ours ask the terminal themselves
-        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, _terminate)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # workers just end
     try:
+        _prepare(arguments)
         sys.exit(main(arguments) or 0)
     except UsageError as error:
         result.error(str(error))
@@ -119,6 +110,20 @@ def run(
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(arguments, f"error: {where}{error.strerror or _one_line(error)}", 1)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    """How much is said, and what SIGTERM does."""
+    level = [logging.WARNING, logging.INFO, logging.DEBUG][min(arguments.verbose, 2)]
+    logging.basicConfig(format="%(message)s", level=logging.ERROR if arguments.quiet else level, stream=sys.stderr)
+    for noisy in ("httpx", "httpx2", "httpcore", "filelock", "urllib3", "fsspec", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING if arguments.verbose < 2 else logging.DEBUG)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if arguments.verbose > 1 else "error")
+    if arguments.quiet or not sys.stderr.isatty():
+        disable_progress_bars()  # the Hub's own; ours ask the terminal themselves
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _terminate)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # workers just end
 
 
 def _complete(result: argparse.ArgumentParser) -> NoReturn:
