@@ -225,7 +225,7 @@ def open_study(storage: str | None, name: str, settings: Mapping[str, Any], *, r
         SearchError: the study exists and `resume` is not given, or has other settings, or the storage cannot be opened.
     """
     library = importlib.import_module("optuna")
-    library.logging.set_verbosity(library.logging.WARNING)
+    library.logging.set_verbosity(library.logging.ERROR)  # what ends a trial is raised, and said once
     try:
         backend = _backend(library, storage)
         study: optuna.Study = library.create_study(study_name=name, storage=backend, direction="minimize", load_if_exists=True)

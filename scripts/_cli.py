@@ -97,7 +97,7 @@ def run(
     except (MergeError, EvalError, FusionError) as error:
         _end(arguments, f"error: {_one_line(error)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
-        _end(arguments, arguments.stopped, 143 if isinstance(error, _TerminatedError) else 130)
+        _end(arguments, _how_far(arguments), 143 if isinstance(error, _TerminatedError) else 130)
     except BrokenPipeError:  # the reader of our output left: `... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -110,6 +110,23 @@ def run(
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(arguments, f"error: {where}{error.strerror or _one_line(error)}", 1)
+
+
+def publishes(arguments: argparse.Namespace, out: Path) -> None:
+    """Says which folder `main` is about to make: if Ctrl-C comes after it has appeared, that is what is said."""
+    arguments.publishes = (out, _inode(out))
+
+
+def _how_far(arguments: argparse.Namespace) -> str:
+    """What Ctrl-C and SIGTERM print."""
+    out, before = getattr(arguments, "publishes", (None, None))
+    if out is not None and _inode(out) not in (None, before) and not arguments.stopped.startswith("stopped while"):
+        return f"stopped; {out} had been finished and is whole"
+    return str(arguments.stopped)
+
+
+def _inode(path: Path) -> int | None:
+    return path.stat().st_ino if path.exists() else None
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from _cli import CONFIGS, UsageError, bar, parser, run
+from _cli import CONFIGS, UsageError, bar, parser, publishes, run
 from _scoring import counter
 
 EXAMPLES = """\
@@ -66,6 +66,7 @@ def main(arguments: argparse.Namespace) -> int:
             if row["held_out"] == row["held_out"]:
                 logging.info("update %d: loss %.4f, held out %.4f", row["update"], row["loss"], row["held_out"])
 
+        publishes(arguments, out)
         found = fuse(
             parts, out, device=device, accelerator=accelerator,
             teacher=resolve(distil, configs=CONFIGS) if distil else None, overwrite=arguments.overwrite,

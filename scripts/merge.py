@@ -9,7 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from _cli import UsageError, add_model_options, bar, find_model, parser, relative, run
+from _cli import UsageError, add_model_options, bar, find_model, parser, publishes, relative, run
 
 from merge.alphas import plan_from_alphas, read_alphas
 from merge.api import Options, blueprint_for, merge_checkpoint
@@ -100,6 +100,7 @@ def main(arguments: argparse.Namespace) -> None:
         blueprint = blueprint_for(plan, source, settings)
         print(json.dumps(plan_to_dict(plan), indent=2) if arguments.json else _outline(blueprint, source, out))
         return
+    publishes(arguments, out)
     report = merge_checkpoint(
         plan,
         source,

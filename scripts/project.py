@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _cli import CONFIGS, UsageError, parser, run
+from _cli import CONFIGS, UsageError, parser, publishes, run
 from _scoring import add_run_options, check_positive, check_run, counter
 
 if TYPE_CHECKING:
@@ -93,6 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
     names = [one.name for one in sources]
     command = shlex.join(["python", *sys.argv])
+    publishes(arguments, out)
     alpha = save(
         host.model, projection, measured, out, alpha=arguments.alpha, tokenizer=host.tokenizer, names=names, command=command,
         force=arguments.force, overwrite=arguments.overwrite,

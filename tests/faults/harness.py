@@ -35,6 +35,8 @@ class Warm:
     def run(self, script: str, arguments: list, folder: Path, *, stop: tuple[float, int] | None = None, **environment) -> Ended:
         """Runs a script in a folder; `stop` = (after seconds, signal)."""
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("stdout", "stderr"):
+            (folder.parent / name).write_text("")  # for a child that is stopped before it writes
         started = time.perf_counter()
         asked = {"script": script, "arguments": [*map(str, arguments)], "folder": str(folder), "environment": environment}
         child = self._ask(asked)["child"]
@@ -49,6 +51,7 @@ class Warm:
     def close(self) -> None:
         """Ends the process."""
         self.process.stdin.close()
+        self.process.stdout.close()
         self.process.wait(timeout=60)
 
     def _ask(self, asked: dict) -> dict:

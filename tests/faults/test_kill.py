@@ -41,6 +41,8 @@ class Command:
     arguments   of the first run and, after that, of `again`
     check       raises if what a stopped run has left under its names is not whole
     same        what of a finished run has to be the same however often it was stopped
+    before      makes what is there when it starts
+    kept        what a stopped run has finished, and the next must not lose
     """
 
     script: str
@@ -49,7 +51,7 @@ class Command:
     check: Callable[[Path], None]
     same: Callable[[Path], object]
     before: Callable[[Path], None] = lambda folder: None
-    said: tuple[str, ...] = (STOPPED,)
+    kept: Callable[[Path], list] = lambda folder: []
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,12 @@ def without_times(value):
 
 
 def weights(folder):
-    """All files but the report, which has times, and the card, which may name the command."""
-    return {name: data for name, data in content(folder).items() if name not in ("report.json", "README.md")}
+    """All files but those that say when and how fast they were made, and the card, which may name the command."""
+    timed = ("report.json", "README.md", "fusion.json", "training.png")  # a picture is drawn when the folder is there
+    found = {name: data for name, data in content(folder).items() if name not in timed}
+    if "training.csv" in found:  # its last column is seconds
+        found["training.csv"] = [line.rpartition(b",")[0] for line in found["training.csv"].splitlines()]
+    return found
 
 
 def commands(inputs):
@@ -176,7 +182,8 @@ def commands(inputs):
             lambda folder: content(folder / "cache" / "layerfuse" / "gguf"),
         ),
         "fuse": Command("fuse", fuse, fuse, fused, lambda folder: weights(folder / "out")),
-        "search": Command("search_alphas", search, search, searched, trials),
+        # A trial that was killed has no value, and another takes its place.
+        "search": Command("search_alphas", search, search, searched, lambda folder: len(trials(folder)), kept=trials),
         "eval": Command(
             "eval_mmlu", scored, [*scored, "--resume"], evaluated,
             lambda folder: [without_times(read_results(folder / "r.json")[0]["scores"]), read_results(folder / "r.json")[1]],
@@ -212,14 +219,18 @@ def attack(name, inputs, folder, warm, count, numbers):
             moments.append(after / whole.time_s)
             assert ended.status in (-number, SIGNALS[number]), ended.stderr
             if ended.status > 0:  # it ended by itself, and said so in one line
-                assert ended.stderr.strip().splitlines()[-1].startswith(command.said), ended.stderr
+                assert ended.stderr.strip().splitlines()[-1].startswith(STOPPED), ended.stderr
                 assert "Traceback" not in ended.stderr
         command.check(work)
+        kept = command.kept(work)
         again = warm.run(command.script, command.again, work, **environment)
-        if ended.status == 0 and again.status in (1, 2):  # it was done, and what is there is not replaced
-            again = ended
-        assert again.status == 0, f"after {ended.status} at {after:.2f} s: {again.stderr}"
+        if again.status in (1, 2):  # it was done, which it said, and what is there is not replaced
+            assert "--overwrite" in again.stderr, f"after {ended.status} at {after:.2f} s: {again.stderr}"
+            assert ended.status in (0, -number) or "had been finished" in ended.stderr
+        else:
+            assert again.status == 0, f"after {ended.status} at {after:.2f} s: {again.stderr}"
         assert command.same(work) == expected
+        assert set(kept) <= set(command.kept(work))
         left = {path.name for path in work.iterdir()} - set(names)
         assert not left, f"left behind: {left}"
         shutil.rmtree(folder / str(turn))
