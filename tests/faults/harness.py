@@ -32,13 +32,17 @@ class Warm:
         )
         assert self._answer()["ready"] >= 1
 
-    def run(self, script: str, arguments: list, folder: Path, *, stop: tuple[float, int] | None = None, **environment) -> Ended:
-        """Runs a script in a folder; `stop` = (after seconds, signal)."""
+    def run(
+        self, script: str, arguments: list, folder: Path, *, stop: tuple[float, int] | None = None, memory: int | None = None,
+        **environment: str,
+    ) -> Ended:  # fmt: skip
+        """Runs a script in a folder; `stop` = (after seconds, signal), `memory` in bytes beside that of the imports."""
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("stdout", "stderr"):
             (folder.parent / name).write_text("")  # for a child that is stopped before it writes
         started = time.perf_counter()
         asked = {"script": script, "arguments": [*map(str, arguments)], "folder": str(folder), "environment": environment}
+        asked["memory"] = memory
         child = self._ask(asked)["child"]
         if stop is not None:
             after, number = stop

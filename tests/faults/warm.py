@@ -8,6 +8,8 @@ import gc
 import importlib
 import json
 import os
+import re
+import resource
 import runpy
 import signal
 import sys
@@ -49,12 +51,15 @@ def main() -> None:
         print(json.dumps({"child": child}), flush=True)
 
 
-def run(script: str, arguments: list[str], folder: str, environment: dict[str, str]) -> int:
+def run(script: str, arguments: list[str], folder: str, environment: dict[str, str], memory: int | None) -> int:
     """The script's exit status; what it prints goes to FOLDER/../out and err."""
     os.setsid()
     importlib.import_module("_checkout")  # what every script imports first; from here on Ctrl-C is one line
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
+    if memory is not None:
+        used = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
     os.environ |= environment
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(folder).parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
