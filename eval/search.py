@@ -11,6 +11,7 @@ from merge.checkpoint import Checkpoint
 from merge.plan import Plan, Row, unit_row
 from merge.space import Space
 
+from .bars import Bars, no_bars
 from .errors import TrialError
 from .lm import PrefixLM
 from .mmlu import Subject
@@ -271,3 +272,12 @@ def greedy_removal(
         else:
             fill(best)
     return removed
+
+
+def remove_by_text(lm: PrefixLM, text: str, layers: int, tokens: int, window: int, bars: Bars = no_bars) -> list[Removal]:
+    """What `greedy_removal` takes away by the first `tokens` tokens of a text, in windows of `window`."""
+    tail = Tail(lm)
+    windows = text_windows(lm, text, [tokens, 0, 0], window)["search"]
+    trials = sum(len(tail.layers) - step for step in range(layers))
+    with bars("removing greedily", "trial", trials) as bar:
+        return greedy_removal(tail, windows, layers, bar.update)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from merge.alphas import Alphas, alphas_to_dict
 from merge.plan import Plan, plan_to_dict
 from merge.publish import whole_file, write_whole
 from merge.search import Trial
@@ -135,6 +136,20 @@ def write_trials(path: Path, names: Sequence[str], trials: Sequence[Trial]) -> N
             writer.writerow([number, one.start, one.step, one.loss, one.over, *one.x])
 
 
-def write_plan(path: Path, plan: Plan) -> None:
-    """A plan as scripts/merge.py --plan takes it."""
-    write_whole(path, json.dumps(plan_to_dict(plan), indent=2) + "\n")
+def begin_results(out: Path, plan: Plan, names: Sequence[str], trials: Sequence[Trial]) -> None:
+    """plan.json, as scripts/merge.py --plan takes it, and trials.csv; what an earlier search left in the folder goes."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("search.json", "alphas.json", "plots/alphas.png", "plots/alphas.csv", "plots/slices.png", "plots/slices.csv"):
+        (out / name).unlink(missing_ok=True)
+    write_whole(out / "plan.json", json.dumps(plan_to_dict(plan), indent=2) + "\n")
+    write_trials(out / "trials.csv", names, trials)
+
+
+def write_results(out: Path, plan: Plan, report: Mapping[str, Any], study: str | None) -> None:
+    """alphas.json where there are alphas, and search.json, which comes last."""
+    if plan.steps:
+        keys = ("target", "objective", "method", "seed", "split", "trials", "loss")
+        provenance = {key: report[key] for key in keys} | {"study": study, "scores": report["scores"]["found"]}
+        found = Alphas(plan.steps, plan.name, report["model"], plan.num_hidden_layers, provenance)
+        write_whole(out / "alphas.json", json.dumps(alphas_to_dict(found), indent=2) + "\n")
+    write_whole(out / "search.json", json.dumps(report, indent=2) + "\n")

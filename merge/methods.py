@@ -55,10 +55,15 @@ def plan_from_method(method: str, num_hidden_layers: int, layers: int, *, tensor
     """
     if method not in METHODS:
         raise PlanError(f"there is no method {method!r}; known: {', '.join(METHODS)}")
-    if not 1 <= layers < num_hidden_layers:
-        raise PlanError(f"cannot remove {layers} of {num_hidden_layers} layers; expected 1 to {num_hidden_layers - 1}")
+    check_count(layers, num_hidden_layers)
     rows = METHODS[method](num_hidden_layers, layers)
     return Plan(rows, num_hidden_layers, name=f"{method}-{layers}", method=method, tensors=tensors)
+
+
+def check_count(layers: int, num_hidden_layers: int) -> None:
+    """Raises PlanError unless so many layers can be removed: 1 <= layers < num_hidden_layers."""
+    if not 1 <= layers < num_hidden_layers:
+        raise PlanError(f"cannot remove {layers} of {num_hidden_layers} layers; expected 1 to {num_hidden_layers - 1}")
 
 
 def plan_dropping(removed: Collection[int], num_hidden_layers: int) -> Plan:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import PlanError
-from .methods import plan_dropping, plan_from_method
+from .methods import check_count, plan_dropping, plan_from_method
 from .plan import Plan, chain, compose
 
 Array = npt.NDArray[np.float64]
@@ -205,8 +205,7 @@ def plan_from_similarity(method: str, activations: Activations, layers: int, *, 
         PlanError: unknown method, or not 1 <= layers < L.
     """
     total = activations.num_hidden_layers
-    if not 1 <= layers < total:
-        raise PlanError(f"cannot remove {layers} of {total} layers; expected 1 to {total - 1}")
+    check_count(layers, total)
     if method == "released":
         return plan_from_method("drop-last", total, layers)
     if method in IMPORTANCE:

@@ -3,17 +3,14 @@
 import argparse
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from _cli import UsageError, find_model
 
-from merge.runtime import DTYPES, Placement
+from merge.runtime import DTYPES
 from merge.source import Source
-
-if TYPE_CHECKING:
-    from eval.lm import PrefixLM
-    from eval.search import Removal
 
 
 def add_run_options(result: argparse.ArgumentParser) -> None:
@@ -50,19 +47,6 @@ def read_texts(arguments: argparse.Namespace, characters: int) -> list[str]:
         return [plain_text(arguments.text)]
     how = (arguments.dataset_config, arguments.dataset_split, arguments.text_column)
     return dataset_texts(arguments.dataset, *how, characters)
-
-
-def removed_greedily(arguments: argparse.Namespace, lm: "PrefixLM", text: str, layers: int) -> "list[Removal]":
-    """What greedy removal takes away, by the first --text-tokens of a text in windows of --text-window."""
-    from eval.objective import text_windows
-    from eval.search import greedy_removal
-    from eval.trial import Tail
-
-    tail = Tail(lm)
-    windows = text_windows(lm, text, [arguments.text_tokens, 0, 0], arguments.text_window)["search"]
-    trials = sum(len(tail.layers) - step for step in range(layers))
-    with counter("removing greedily", "trial", trials, arguments.quiet) as bar:
-        return greedy_removal(tail, windows, layers, bar.update)
 
 
 def find_source(arguments: argparse.Namespace) -> Source:
@@ -108,15 +92,13 @@ def check_out(arguments: argparse.Namespace, out: Path, *others: Path) -> None:
         raise UsageError(f"{out.parent} cannot be written to")
 
 
-def load(arguments: argparse.Namespace, source: Source, **options: Any) -> "tuple[PrefixLM, Placement]":
-    """The model, ready to be scored."""
-    from eval.load import load_model
-
-    return load_model(source.checkpoint(), arguments.device, arguments.dtype, batch_size=arguments.batch_size, **options)
-
-
 def counter(description: str, unit: str, total: int, quiet: bool) -> Any:
     """A progress bar on stderr; none where stderr is no terminal or HF_HUB_DISABLE_PROGRESS_BARS is set."""
     from huggingface_hub.utils import tqdm
 
     return tqdm(total=total, desc=description, unit=unit, disable=True if quiet else None, leave=False)
+
+
+def bars(quiet: bool) -> Callable[[str, str, int], Any]:
+    """`counter` as calls that have several bars take it."""
+    return lambda description, unit, total: counter(description, unit, total, quiet)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import CONFIGS, UsageError, add_model_options, parser, relative, run
-from _scoring import check_run, counter
+from _scoring import bars, check_run
 
 from eval.pipeline.settings import CONTROLS, PARTS, absolute, make_settings, merged, read_settings
 from merge.runtime import DTYPES
@@ -92,7 +92,7 @@ def main(arguments: argparse.Namespace) -> int:
     command = f"python scripts/pipeline.py {shlex.join(sys.argv[1:])}"
     failed = run_study(
         settings, out, configs=CONFIGS, resume=arguments.resume, command=command,
-        bars=lambda what, unit, total: counter(what, unit, total, arguments.quiet),
+        bars=bars(arguments.quiet),
     )  # fmt: skip
     study = read_study(out)
     write_whole(out / "table.txt", text_table(study) + "\n")

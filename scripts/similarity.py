@@ -4,29 +4,20 @@
 import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
 import json
-import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import (
-    add_run_options,
-    add_text_options,
-    check_positive,
-    counter,
-    find_source,
-    has_text,
-    load,
-    read_texts,
-    removed_greedily,
-)
+from _scoring import add_run_options, add_text_options, bars, check_positive, find_source, has_text, read_texts
 
-from eval.errors import DataError
 from eval.mmlu import SUBJECTS, read_mmlu
 from merge.alphas import Alphas, alphas_to_dict
-from merge.errors import PlanError
-from merge.methods import plan_dropping, plan_from_method
+from merge.methods import check_count, plan_from_method
 from merge.plan import Plan, plan_to_dict
+
+if TYPE_CHECKING:
+    from eval.search import Collapse
+    from eval.similarity_run import Similarity
 
 EXAMPLES = """\
   python scripts/similarity.py --model M --layers 13 --method mka --data-dir MMLU --out alphas/mine.json
@@ -96,50 +87,61 @@ def main(arguments: argparse.Namespace) -> None:
             raise UsageError(f"{path} exists; give --overwrite, or another --out")
     source = find_source(arguments)
     total = source.checkpoint().num_hidden_layers
-    if not 1 <= arguments.layers < total:
-        raise PlanError(f"cannot remove {arguments.layers} of {total} layers; expected 1 to {total - 1}")
+    check_count(arguments.layers, total)
     provenance: dict[str, Any] = {"method": arguments.method, "compat": arguments.compat, "seed": arguments.seed}
-
     if arguments.method.startswith("drop-") or arguments.compat == "released":
         if arguments.compat == "released":
             print("the released code keeps no merged weight: what it computes is the last layers dropped")
         method = "drop-last" if arguments.compat == "released" else arguments.method
         return _write(arguments, source, plan_from_method(method, total, arguments.layers), provenance)
     texts = _texts(arguments)
-    if arguments.method == "sleb":
-        return _write(arguments, source, _greedy(arguments, load(arguments, source)[0], texts), provenance)
-    if arguments.method == "laco":
-        return _write(arguments, source, _laco(arguments, load(arguments, source)[0], texts, source), provenance)
 
-    from merge.similarity import SIMILARITIES, alphas_from_similarity, fold_top, plan_from_similarity
+    from eval.similarity_run import measure_similarity
 
-    activations = _activations(arguments, source, texts)
-    provenance["samples"] = len(texts)
-    picture = arguments.out.with_suffix(".png")
-    if arguments.method in SIMILARITIES:
-        similarity = SIMILARITIES[arguments.method](activations, arguments.seed)
-        alphas, replaced = alphas_from_similarity(similarity, arguments.layers)
-        plan = fold_top(alphas, total, f"{arguments.method}-{arguments.layers}")
-        print(_heat(similarity))
-        print(f"alphas, lowest layer first: {' '.join(f'{alpha:.4f}' for alpha in alphas)}")
-        spread = max(alphas) - min(alphas)
-        if spread < FLAT and len(alphas) > 1:
+    found = measure_similarity(
+        source, arguments.layers, texts, method=arguments.method, seed=arguments.seed,
+        window=arguments.window, threshold=arguments.threshold, interval=arguments.interval,
+        text_tokens=arguments.text_tokens, text_window=arguments.text_window, stream=arguments.stream,
+        dtype=arguments.dtype, device=arguments.device, batch_size=arguments.batch_size,
+        tried=_print_collapse, bars=bars(arguments.quiet),
+    )  # fmt: skip
+    if found.alphas or found.influence:
+        provenance["samples"] = len(texts)
+    _show(arguments, found)
+    return _write(arguments, source, found.plan, provenance)
+
+
+def _show(arguments: argparse.Namespace, found: "Similarity") -> None:
+    """What was measured, as text and as a picture."""
+    picture, plan = arguments.out.with_suffix(".png"), found.plan
+    if found.similarity is not None:
+        print(_heat(found.similarity))
+        print(f"alphas, lowest layer first: {' '.join(f'{alpha:.4f}' for alpha in found.alphas)}")
+        spread = max(found.alphas) - min(found.alphas)
+        if spread < FLAT and len(found.alphas) > 1:
             print(f"they differ by {spread:.4f} in all: what the similarities say hardly enters")
-        if replaced:
-            print(f"{replaced} of them are 0.5, because the similarity is not a number")
+        if found.replaced:
+            print(f"{found.replaced} of them are 0.5, because the similarity is not a number")
         if not arguments.no_plots:
             from eval.plots import similarity_map
 
-            similarity_map(picture, similarity, arguments.method)
-    else:
-        plan = plan_from_similarity(arguments.method, activations, arguments.layers)
-        influence = (1.0 - activations.cosines).tolist()
-        print("block influence by layer: " + " ".join(f"{layer}:{value:.3f}" for layer, value in enumerate(influence)))
+            similarity_map(picture, found.similarity, arguments.method)
+    if found.influence:
+        print("block influence by layer: " + " ".join(f"{layer}:{value:.3f}" for layer, value in enumerate(found.influence)))
         if not arguments.no_plots:
             from eval.plots import influence_bars
 
-            influence_bars(picture, influence, sorted(set(range(total)) - set(plan.keep)))
-    return _write(arguments, source, plan, provenance)
+            influence_bars(picture, list(found.influence), sorted(set(range(plan.num_hidden_layers)) - set(plan.keep)))
+    if found.removed:
+        from eval.stats import perplexity
+
+        for one in found.removed:
+            print(f"without layer {one.layer:3}: perplexity {perplexity(one.nll):.4g}")
+
+
+def _print_collapse(tried: "Collapse") -> None:
+    verdict = "accepted" if tried.accepted else "refused"
+    print(f"layers {tried.first} to {tried.last}: cosine {tried.cosine:.3f}, {verdict}")
 
 
 def _texts(arguments: argparse.Namespace) -> list[str]:
@@ -147,33 +149,12 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
     if not has_text(arguments):
         from eval.activations import question_texts
 
-        found = question_texts(read_mmlu(arguments.data_dir, SUBJECTS), arguments.per_subject)
-    elif arguments.method == "sleb":
-        found = ["\n\n".join(read_texts(arguments, TOKEN_CHARACTERS * arguments.text_tokens))]
-    else:
-        whole = read_texts(arguments, SAMPLE_CHARACTERS * arguments.samples)
-        pieces = [text[i : i + SAMPLE_CHARACTERS] for text in whole for i in range(0, len(text), SAMPLE_CHARACTERS)]
-        found = [piece for piece in pieces if piece.strip()][: arguments.samples]
-    if not found:
-        raise DataError("there are no calibration texts")
-    return found
-
-
-def _activations(arguments: argparse.Namespace, source: Any, texts: list[str]) -> Any:
-    """What enters every layer."""
-    if arguments.stream:
-        from eval.streamed import capture_streamed
-
-        checkpoint = source.checkpoint()
-        with counter("calibrating", "layer", checkpoint.num_hidden_layers, arguments.quiet) as bar:
-            return capture_streamed(checkpoint, texts, arguments.device, arguments.dtype, bar.update)
-    from eval.activations import capture_activations
-
-    lm, placement = load(arguments, source)
-    if placement.device_map == "auto":
-        logging.warning("the model does not fit into memory; --stream reads every layer only once")
-    with counter("calibrating", "text", len(texts), arguments.quiet) as bar:
-        return capture_activations(lm, texts, bar.update)
+        return question_texts(read_mmlu(arguments.data_dir, SUBJECTS), arguments.per_subject)
+    if arguments.method == "sleb":
+        return read_texts(arguments, TOKEN_CHARACTERS * arguments.text_tokens)
+    whole = read_texts(arguments, SAMPLE_CHARACTERS * arguments.samples)
+    pieces = [text[i : i + SAMPLE_CHARACTERS] for text in whole for i in range(0, len(text), SAMPLE_CHARACTERS)]
+    return [piece for piece in pieces if piece.strip()][: arguments.samples]
 
 
 def _write(arguments: argparse.Namespace, source: Any, plan: Plan, provenance: dict[str, Any]) -> None:
@@ -190,34 +171,6 @@ def _write(arguments: argparse.Namespace, source: Any, plan: Plan, provenance: d
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(arguments.out, json.dumps(content, indent=2) + "\n")
     print(json.dumps({"out": str(arguments.out)}))
-
-
-def _greedy(arguments: argparse.Namespace, lm: Any, texts: list[str]) -> Plan:
-    """The plan that greedy removal finds, with what each step costs."""
-    from eval.stats import perplexity
-
-    removed = removed_greedily(arguments, lm, texts[0], arguments.layers)
-    for one in removed:
-        print(f"without layer {one.layer:3}: perplexity {perplexity(one.nll):.4g}")
-    return plan_dropping([one.layer for one in removed], len(lm.model.get_decoder().layers))
-
-
-def _laco(arguments: argparse.Namespace, lm: Any, texts: list[str], source: Any) -> Plan:
-    """The plan that windows accepted by LaCo's rule make."""
-    from eval.search import Collapse, laco_collapse
-    from eval.trial import Tail
-
-    inputs = list(dict.fromkeys(tuple(lm.tok_encode(text)[-lm.max_length :]) for text in texts))
-    with counter("collapsing", "window", 0, arguments.quiet) as bar:
-
-        def done(tried: Collapse) -> None:
-            bar.update(1)
-            verdict = "accepted" if tried.accepted else "refused"
-            print(f"layers {tried.first} to {tried.last}: cosine {tried.cosine:.3f}, {verdict}")
-
-        how = {"window": arguments.window, "threshold": arguments.threshold, "interval": arguments.interval}
-        plan, _ = laco_collapse(Tail(lm), source.checkpoint(), inputs, arguments.layers, **how, done=done)
-    return plan
 
 
 def _heat(similarity: Any) -> str:

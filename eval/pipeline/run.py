@@ -20,13 +20,13 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256 as sha256_of
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -41,6 +41,7 @@ from merge.runtime import Placement, place_model
 from merge.source import Source, resolve
 from merge.verify import verify_folder
 
+from ..bars import Bar, Bars, no_bars
 from ..errors import DataError, EvalError
 from ..evaluation import CHOICES
 from ..lm import PrefixLM
@@ -60,32 +61,6 @@ log = logging.getLogger(__name__)
 STUDY, GREEDY, RESULTS, LOG, CHECKPOINT = "study.json", "greedy.json", "results.json", "log.txt", "checkpoint"
 SCHEMA_VERSION = 1
 HASHED_BYTES = 50_000_000  # files up to this size are known by their content, larger ones by header, size and time of change
-
-
-class Bar(Protocol):
-    """Something that advances; a tqdm bar is one."""
-
-    def update(self, n: float) -> object:
-        """Advances by n."""
-
-    def reset(self, total: float) -> object:
-        """Begins again, with that much to do."""
-
-
-class _NoBar:
-    def update(self, n: float) -> object:
-        return None
-
-    def reset(self, total: float) -> object:
-        return None
-
-
-Bars = Callable[[str, str, int], AbstractContextManager[Bar]]  # (what, unit, how many) -> a bar
-
-
-def no_bars(what: str, unit: str, total: int) -> AbstractContextManager[Bar]:
-    """Shows nothing."""
-    return nullcontext(_NoBar())
 
 
 @dataclass
