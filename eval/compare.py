@@ -32,6 +32,34 @@ class Difference:
         return found if self.adjusted_p < SIGNIFICANT else f"{found}, but not after correction"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Every result less the first: `differences` by its name; `missing` says which controls are not among them."""
+
+    reference: str
+    differences: Mapping[str, list[Difference]]
+    missing: list[str]
+
+
+def compare_results(results: Sequence[tuple[str, Mapping[str, Any], Sequence[Answer]]], seed: int = 0) -> Comparison:
+    """Results compared question by question with the first of them.
+
+    Args:
+        results: (name, record, answers) of each, the last two as `evaluate_mmlu` and `read_results` return them.
+        seed: of the bootstrap.
+
+    Raises:
+        DataError: there are fewer than two, or they are not of the same questions, asked the same way.
+    """
+    if len(results) < 2:
+        raise DataError(f"there is nothing to compare: expected at least two results, found {len(results)}")
+    name, record, answers = results[0]
+    for other, second, _ in results[1:]:
+        check_comparable(record, second, (name, other))
+    found = {other: differences(answers, theirs, seed) for other, _, theirs in results[1:]}
+    return Comparison(name, found, missing_controls([one for _, one, _ in results]))
+
+
 def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> None:
     """Raises DataError unless both records are of the same questions, asked the same way."""
     for key in MUST_AGREE:

@@ -9,7 +9,7 @@ from typing import Any
 
 from _cli import UsageError, parser, run
 
-from eval.compare import Difference, check_comparable, differences, flipped, missing_controls
+from eval.compare import Difference, compare_results, flipped
 from eval.results import read_results
 
 EXAMPLES = """\
@@ -35,22 +35,19 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError("give at least two results files")
     if arguments.seed < 0:
         raise UsageError(f"--seed is {arguments.seed}, expected 0 or more")
-    read = [(path, *read_results(path)) for path in arguments.files]
+    read = [(str(path), *read_results(path)) for path in arguments.files]
     path, record, answers = read[0]
-    for other, second, _ in read[1:]:
-        check_comparable(record, second, (str(path), str(other)))
-    compared = {other: differences(answers, theirs, arguments.seed) for other, _, theirs in read[1:]}
-    missing = missing_controls([record for _, record, _ in read])
+    compared = compare_results(read, arguments.seed)
     if arguments.json:
-        values = {str(other): [_values(one) for one in found] for other, found in compared.items()}
-        print(json.dumps({"reference": str(path), "differences": values, "missing": missing}, indent=2))
+        values = {other: [_values(one) for one in found] for other, found in compared.differences.items()}
+        print(json.dumps({"reference": path, "differences": values, "missing": compared.missing}, indent=2))
         return
     print(f"reference {_summary(path, record, record)}")
     print("differences are other - reference; p: exact McNemar, adjusted for the number of lines of its kind")
     for other, second, theirs in read[1:]:
         print(f"\n{_summary(other, second, record)}")
         groups = 1 + len(record["scores"]["groups"])
-        for one in compared[other][: None if arguments.subjects else groups]:
+        for one in compared.differences[other][: None if arguments.subjects else groups]:
             test = one.paired
             print(
                 f"  {one.name:36} {test.difference:+.4f}  95% [{test.low:+.4f}, {test.high:+.4f}]  p {one.adjusted_p:.3g}  "
@@ -61,11 +58,11 @@ def main(arguments: argparse.Namespace) -> None:
             for sign, found in (("-", lost), ("+", won)):
                 for answer in found:
                     print(f"  {sign} {answer.subject} {answer.index}")
-    for control in missing:
+    for control in compared.missing:
         print(f"missing: {control}")
 
 
-def _summary(path: Path, record: dict[str, Any], reference: dict[str, Any]) -> str:
+def _summary(path: str, record: dict[str, Any], reference: dict[str, Any]) -> str:
     scores = record["scores"]
     parts = [f"{path}: micro accuracy {scores['micro']['acc']:.4f}, macro {scores['macro']['acc']:.4f}"]
     text, other = record.get("text"), reference.get("text") or {}

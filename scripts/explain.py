@@ -11,7 +11,8 @@ from _cli import UsageError, parser, run
 
 from merge.alphas import plan_from_alphas, read_alphas
 from merge.card import plan_in_words, terms_in_words
-from merge.plan import Plan, effective_layers, read_plan, sensitivities
+from merge.explain import Explanation, explain_plan
+from merge.plan import Plan, read_plan
 from merge.records import read_json
 
 EXAMPLES = """\
@@ -33,17 +34,18 @@ def options() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> None:
     """Prints the explanation."""
     plan = _plan(arguments)
-    moves = sensitivities(plan.steps, plan.num_hidden_layers) if plan.steps else []
+    found = explain_plan(plan)
     if arguments.json:
-        print(json.dumps(_record(plan, moves), indent=2))
+        print(json.dumps(_record(found), indent=2))
         return
-    changed = [(index, row) for index, row in enumerate(plan.rows) if not row.is_unit]
+    changed, moves = found.effective_layers, found.sensitivities
     print(f"{plan.name}: {plan.num_hidden_layers} -> {len(plan.rows)} layers; {len(changed)} of them differ from the original")
     for line in plan_in_words(plan):
         if "unchanged" in line or "dropped" in line:
             print(f"  {line}")
-    for index, row in changed:
-        print(f"\nlayer {index} (base {row.base}): effectively {effective_layers(row.mix):.2f} layers")
+    for index, effective in changed.items():
+        row = plan.rows[index]
+        print(f"\nlayer {index} (base {row.base}): effectively {effective:.2f} layers")
         small = {layer: c for layer, c in row.mix.items() if abs(c) < SHOWN}
         for layer, c in row.mix.items():
             if layer not in small:
@@ -69,18 +71,18 @@ def _plan(arguments: argparse.Namespace) -> Plan:
     return plan_from_alphas(alphas, arguments.layers)
 
 
-def _record(plan: Plan, moves: list[float]) -> dict[str, Any]:
+def _record(found: Explanation) -> dict[str, Any]:
+    rows = {index: found.plan.rows[index] for index in found.effective_layers}
     return {
-        "name": plan.name,
-        "num_hidden_layers": plan.num_hidden_layers,
+        "name": found.plan.name,
+        "num_hidden_layers": found.plan.num_hidden_layers,
         "rows": [
-            {"base": row.base, "mix": row.mix, "groups": row.groups, "effective_layers": effective_layers(row.mix)}
-            for row in plan.rows
-            if not row.is_unit
+            {"base": row.base, "mix": row.mix, "groups": row.groups, "effective_layers": found.effective_layers[index]}
+            for index, row in rows.items()
         ],
         "steps": [
             {"into": s.into, "remove": s.remove, "alpha": s.alpha, "sensitivity": move}
-            for s, move in zip(plan.steps, moves, strict=True)
+            for s, move in zip(found.plan.steps, found.sensitivities, strict=True)
         ],
     }
 

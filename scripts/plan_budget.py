@@ -25,10 +25,9 @@ from merge.fusion.budget import (
     Combination,
     Fusers,
     Part,
-    alone,
-    fitting,
     largest_rank,
     pairings,
+    plan_budget,
     read_backbone,
 )
 from merge.records import read_json
@@ -86,20 +85,12 @@ def options() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> None:
     """Prints what fits."""
     fusers = Fusers(arguments.mode, arguments.rank, arguments.sites, arguments.heads, arguments.norm)
-    fusers.parameters(1, [1])  # a setting that no model can have is refused here, even where nothing fits
-    hosts, candidates = _candidates(arguments)
-    limits = {"budget": arguments.budget, "max_fused": arguments.max_fused}
-    rows = list(filter(None, [alone(host, **limits) for host in hosts]))
-    too_large: list[tuple[Backbone, tuple[Backbone, ...]]] = [
-        (host, ()) for host in hosts if host not in {row.host.backbone for row in rows}
-    ]
-    for host, donors in candidates:
-        if any(one is host and set(others) <= set(donors) for one, others in too_large):
-            continue  # more donors fit even less
-        fit = fitting(host, donors, fusers=fusers, taps=arguments.taps, every_cut=arguments.all, **limits)
-        rows += fit
-        too_large += [] if fit else [(host, donors)]
-    names = [" + ".join(one.name for one in (host, *others)) for host, others in too_large]
+    found = plan_budget(
+        *_candidates(arguments), budget=arguments.budget, fusers=fusers, taps=arguments.taps, max_fused=arguments.max_fused,
+        every_cut=arguments.all,
+    )  # fmt: skip
+    rows = found.combinations
+    names = [" + ".join(one.name for one in (host, *others)) for host, others in found.too_large]
     if arguments.json:
         print(json.dumps(_record(arguments, fusers, rows, names), indent=2))
     else:

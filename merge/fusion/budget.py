@@ -301,6 +301,47 @@ def check_budget(combination: Combination) -> None:
 # Everything that fits
 
 
+@dataclass(frozen=True)
+class Budgeted:
+    """What fits, each with as many layers of the host as do, and the hosts with donors of which nothing fits."""
+
+    combinations: list[Combination]
+    too_large: list[tuple[Backbone, tuple[Backbone, ...]]]
+
+
+def plan_budget(
+    hosts: Sequence[Backbone],
+    pairs: Sequence[tuple[Backbone, tuple[Backbone, ...]]] | None = None,
+    *,
+    budget: int = BUDGET,
+    fusers: Fusers = Fusers(),
+    taps: Sequence[float] = TAPS,
+    max_fused: float = MAX_FUSED,
+    every_cut: bool = False,
+) -> Budgeted:
+    """Every host alone and every host with its donors, as far as they fit below a budget of parameters.
+
+    Args:
+        hosts: of `read_backbone`.
+        pairs: hosts with their donors, fewer donors first; by default `pairings` of the hosts.
+        budget, fusers, taps, max_fused, every_cut: as for `fitting`.
+
+    Raises:
+        FusionError: a setting that no model can have.
+    """
+    fusers.parameters(1, [1])  # refused here, even where nothing fits
+    rows = [row for host in hosts if (row := alone(host, budget=budget, max_fused=max_fused)) is not None]
+    fit_alone = {row.host.backbone for row in rows}
+    too_large: list[tuple[Backbone, tuple[Backbone, ...]]] = [(host, ()) for host in hosts if host not in fit_alone]
+    for host, donors in pairings(hosts) if pairs is None else pairs:
+        if any(one is host and set(others) <= set(donors) for one, others in too_large):
+            continue  # more donors fit even less
+        found = fitting(host, donors, budget=budget, fusers=fusers, taps=taps, max_fused=max_fused, every_cut=every_cut)
+        rows += found
+        too_large += [] if found else [(host, donors)]
+    return Budgeted(rows, too_large)
+
+
 def pairings(models: Sequence[Backbone], most_donors: int = 2) -> list[tuple[Backbone, tuple[Backbone, ...]]]:
     """Every model as host with one to `most_donors` of the others as donors; fewer donors first."""
     return [
