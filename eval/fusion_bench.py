@@ -9,6 +9,7 @@
 A gain is claimed only where an arm is better than its host and than every control, each by an interval that excludes zero.
 """
 
+import json
 import logging
 import math
 import statistics
@@ -31,11 +32,15 @@ from merge.fusion.features import Store, compute, from_entry, run_host
 from merge.fusion.fusers import MODES
 from merge.fusion.make import assemble, check_finite, load_fused
 from merge.fusion.mixers import MODES as MIXERS
-from merge.fusion.recipe import Training
+from merge.fusion.recipe import Recipe, Training
 from merge.fusion.text import read_documents, token_blocks
 from merge.fusion.train import Trained, train
+from merge.publish import write_whole
 from merge.records import Fields, read_yaml
+from merge.runtime import training_device
+from merge.source import resolve
 
+from .bars import Bars, no_bars
 from .bits import Bits, cut, difference, measure, pieces
 from .errors import EvalError
 from .lm import PrefixLM
@@ -194,7 +199,7 @@ class Arms:
         self.assembled, self.dtype = assembled, dtype
         self._outputs: FusionForCausalLM | None = None
 
-    def rows(self, progress: Callable[[int], None] = lambda n: None) -> Iterator[Row]:
+    def rows(self, progress: Callable[[int], object] = lambda n: None) -> Iterator[Row]:
         """Every arm and control of the comparison from every seed, one after the other; told of tokens as it trains."""
         yield self.host()
         for number in range(len(self.parts.recipe.donors)):
@@ -225,7 +230,9 @@ class Arms:
         found = self._measure(model, read_tokenizer(source))
         return Row(f"donor {number}: {source.name}", 0, sum(x.numel() for x in model.parameters()), 0, found)
 
-    def fused(self, mode: str, seed: int, control: str | None = None, progress: Callable[[int], None] = lambda n: None) -> Row:
+    def fused(
+        self, mode: str, seed: int, control: str | None = None, progress: Callable[[int], object] = lambda n: None
+    ) -> Row:
         """A mode, or a control of it, trained and measured."""
         with self._model(mode, seed, control == "random-donor") as model:
             store = self._store(model, f"random, seed {seed}" if control == "random-donor" else "real")
@@ -244,7 +251,7 @@ class Arms:
             count = sum(value.numel() for value in model.fuser_parameters().values())
         return self._row(mode if control is None else f"{mode}, {control}", seed, total, count, rows, trained)
 
-    def output(self, mode: str, seed: int, progress: Callable[[int], None] = lambda n: None) -> Row:
+    def output(self, mode: str, seed: int, progress: Callable[[int], object] = lambda n: None) -> Row:
         """The outputs of host and donors mixed; trained where there is something to train."""
         if self._outputs is None:
             fewer = tuple(replace(donor, taps=()) for donor in self.parts.recipe.donors)  # whole donors, with heads
@@ -263,7 +270,7 @@ class Arms:
             return Row(f"{mode} of outputs", seed, total, 0, found)
         return self._row(f"{mode} of outputs", seed, total, count, found, trained)
 
-    def lora(self, parameters: int, seed: int, progress: Callable[[int], None] = lambda n: None) -> Row:
+    def lora(self, parameters: int, seed: int, progress: Callable[[int], object] = lambda n: None) -> Row:
         """The host with low-rank adapters of about so many parameters above its first site."""
         layers = len(self.model.host.model.layers)
         first = min(min(self.model.config.fusion["sites"]), layers // 2)
@@ -282,7 +289,7 @@ class Arms:
     def _row(self, name: str, seed: int, total: int, count: int, found: Measured, trained: Trained) -> Row:
         return Row(name, seed, total, count, found, trained.log[-1][1], round(trained.time_s, 2), trained.log)
 
-    def _train(self, model: Any, seed: int, logits_of: Any, progress: Callable[[int], None]) -> Trained:
+    def _train(self, model: Any, seed: int, logits_of: Any, progress: Callable[[int], object]) -> Trained:
         recipe = replace(self.recipe, seed=seed)
         accelerator = Accelerator(cpu=self.device == "cpu")
         return train(
@@ -363,6 +370,49 @@ class Arms:
         return found
 
 
+def bench_fusion(
+    bench: Bench,
+    recipe: Recipe,
+    out: Path,
+    *,
+    configs: Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    told: Callable[[Sequence[Row]], object] = lambda rows: None,
+    bars: Bars = no_bars,
+) -> list[Row]:
+    """Every arm and control, trained alike and measured, as rows that `table`, `claims` and `record` read.
+
+    Writes OUT/results.json after each row, OUT/table.md at the end, and models to OUT/assembled.
+
+    Args:
+        bench: what is compared, and `recipe`, of what: both from `read_bench`, the second by way of `recipe_from`.
+        configs: the folder of tiny models, as for `merge.resolve`.
+        told: called with the rows so far, after each.
+        bars: makes progress bars.
+
+    Raises:
+        FusionError, MergeError, EvalError: models or texts that cannot be used, or a recipe without training.
+    """
+    if recipe.training is None:
+        raise EvalError("the recipe has no training; expected what the arms are trained on")
+    sources = [resolve(one.model, revision=one.revision, configs=configs) for one in (recipe.host, *recipe.donors)]
+    parts = make_parts(recipe, sources, dtype=dtype)
+    out.mkdir(parents=True, exist_ok=True)
+    assemble(parts, out / "assembled")
+    arms = Arms(parts, out / "assembled", bench, training_device(device), dtype)
+    each = recipe.training.updates * recipe.training.batch * recipe.training.block
+    total = bench.seeds * (len(bench.arms) + ("mixture" in bench.outputs) + len(bench.controls)) * each
+    rows: list[Row] = []
+    with bars("training", "token", total) as bar:
+        for row in arms.rows(bar.update):
+            rows.append(row)
+            told(rows)
+            write_whole(out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
+    write_whole(out / "table.md", bench_report(rows, bench))
+    return rows
+
+
 def pooled(rows: Sequence[Row], arm: str, domain: str) -> Bits:
     """An arm's bits, the mean over its seeds, document by document."""
     several = [row.measured.bits[domain] for row in rows if row.arm == arm]
@@ -422,6 +472,11 @@ def table(rows: Sequence[Row], bench: Bench) -> str:
         cells += [*(f"{speed:,.0f}" for speed in speeds), f"{several[0].measured.peak_bytes / 1e6:,.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def bench_report(rows: Sequence[Row], bench: Bench) -> str:
+    """The table, and below it what may be said."""
+    return table(rows, bench) + "\n" + "".join(f"- {line}\n" for line in claims(rows, bench))
 
 
 def record(rows: Sequence[Row], bench: Bench) -> dict[str, Any]:

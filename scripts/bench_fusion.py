@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 
 from _cli import CONFIGS, parser, run
-from _scoring import check_positive, counter, quieten
+from _scoring import bars, check_positive, quieten
 
 EXAMPLES = """\
   python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --out runs/bench-tiny   random twins, some minutes
@@ -36,14 +36,9 @@ def main(arguments: argparse.Namespace) -> int:
     check_positive(arguments, "updates")
     quieten(arguments)
     from eval.errors import EvalError
-    from eval.fusion_bench import Arms, claims, read_bench, record, table
+    from eval.fusion_bench import bench_fusion, read_bench, bench_report, table
     from eval.plots import differences
-    from merge.fusion.assemble import make_parts
-    from merge.fusion.make import assemble
     from merge.fusion.recipe import recipe_from
-    from merge.publish import write_whole
-    from merge.runtime import training_device
-    from merge.source import resolve
 
     bench, content = read_bench(arguments.config)
     recipe = recipe_from(content, str(arguments.config))
@@ -51,23 +46,12 @@ def main(arguments: argparse.Namespace) -> int:
         raise EvalError(f"{arguments.config} has no training; expected what the arms are trained on")
     if arguments.updates:
         recipe = replace(recipe, training=replace(recipe.training, updates=arguments.updates))
-    sources = [resolve(one.model, revision=one.revision, configs=CONFIGS) for one in (recipe.host, *recipe.donors)]
-    parts = make_parts(recipe, sources, dtype=arguments.dtype)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    assemble(parts, arguments.out / "assembled")
-    arms = Arms(parts, arguments.out / "assembled", bench, training_device(arguments.device), arguments.dtype)
-    each = recipe.training.updates * recipe.training.batch * recipe.training.block
-    total = bench.seeds * (len(bench.arms) + ("mixture" in bench.outputs) + len(bench.controls)) * each
-    rows = []
-    with counter("training", "token", total, arguments.quiet) as bar:
-        for row in arms.rows(bar.update):
-            rows.append(row)
-            logging.info("%s", table(rows, bench).splitlines()[-1])
-            write_whole(arguments.out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
-    text = table(rows, bench) + "\n" + "".join(f"- {line}\n" for line in claims(rows, bench))
-    write_whole(arguments.out / "table.md", text)
+    rows = bench_fusion(
+        bench, recipe, arguments.out, configs=CONFIGS, dtype=arguments.dtype, device=arguments.device,
+        told=lambda rows: logging.info("%s", table(rows, bench).splitlines()[-1]), bars=bars(arguments.quiet),
+    )  # fmt: skip
     differences(arguments.out / "differences.png", rows, bench)
-    print(text)
+    print(bench_report(rows, bench))
     print(json.dumps({"out": str(arguments.out), "arms": len(rows)}))
     return 0
 

@@ -4,17 +4,16 @@
 import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
 import json
-import logging
 import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import CONFIGS, UsageError, parser, publishes, run
-from _scoring import add_run_options, check_positive, check_run, counter
+from _scoring import add_run_options, bars, check_positive, check_run
 
 if TYPE_CHECKING:
-    from merge.fusion.positions import Align
+    from merge.fusion.projection import HeldOut
 
 EXAMPLES = """\
   python scripts/project.py --host HOST --donor DONOR --text "train/*.txt" --held-out test.txt --out runs/projected
@@ -47,69 +46,37 @@ def options() -> argparse.ArgumentParser:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measures both models, finds the step, tries it, and writes what held-out loss allows."""
-    from merge.publish import check_target
+    """Reads texts, and prints what comes of the two models."""
     from merge.source import resolve
 
     check_run(arguments)
     check_positive(arguments, "documents", "max_tokens", "layers_per_pass")
     alphas = read_alphas(arguments)
-    out = arguments.out.resolve()
-    check_target(out, overwrite=arguments.overwrite, marker="projection.json")
-
-    from eval.bits import measure
-    from eval.load import load_model
-    from merge.fusion.projection import choose_alpha, moment_bytes, passes, project, save
-
     texts, held_out = read_texts(arguments)
-    sources = [resolve(spec, configs=CONFIGS) for spec in (arguments.host, arguments.donor)]
-    host, donor = (load_model(one.checkpoint(), arguments.device, arguments.dtype)[0] for one in sources)
-    align = aligned(host, donor, arguments.max_tokens)
-    each, layers = moment_bytes(host.model), len(host.model.base_model.layers)
-    step = arguments.layers_per_pass or min(layers, room_for(each, host.device))
-    batch = 8 if arguments.batch_size == "auto" else int(arguments.batch_size)
-    logging.info("%d of %d layers at a time, %.1f GB of moments", step, layers, step * each / 1e9)
-    positions = sum(len(align([text]).host_positions) for text in texts) * passes(layers, step)
-    with counter("positions", "position", positions, arguments.quiet) as bar:
-        projection = project(
-            host.model, donor.model, texts, align, basis=arguments.basis, batch_size=batch, layers_per_pass=step,
-            progress=bar.update,
-        )  # fmt: skip
-    print(described(projection.report), flush=True)
-    measured = choose_alpha(
-        host.model,
-        projection,
-        lambda model: measure(model, host.tokenizer, held_out, batch=batch, device=str(host.device)).per_byte,
-        alphas,
-    )
-    for alpha, loss in measured.losses.items():
-        print(f"alpha {alpha:<6g}{loss:.4f} held-out bits per byte{'  (the host)' if not alpha else ''}")
-    if arguments.alpha is None and measured.alpha == 0.0:
-        from merge.fusion.errors import FusionError
 
-        raise FusionError(
-            "no alpha lowers held-out loss, which is what mostly happens without training afterwards; nothing was written "
-            f"(--alpha {min(alphas):g} --force would write that one)"
-        )
-    names = [one.name for one in sources]
-    command = shlex.join(["python", *sys.argv])
-    publishes(arguments, out)
-    alpha = save(
-        host.model, projection, measured, out, alpha=arguments.alpha, tokenizer=host.tokenizer, names=names, command=command,
-        force=arguments.force, overwrite=arguments.overwrite,
+    from eval.projection_run import project_weights
+
+    publishes(arguments, arguments.out.resolve())
+    found = project_weights(
+        *(resolve(spec, configs=CONFIGS) for spec in (arguments.host, arguments.donor)), texts, held_out,
+        arguments.out.resolve(), alpha=arguments.alpha, alphas=alphas, basis=arguments.basis,
+        max_tokens=arguments.max_tokens, layers_per_pass=arguments.layers_per_pass, force=arguments.force,
+        overwrite=arguments.overwrite, command=shlex.join(["python", *sys.argv]), dtype=arguments.dtype,
+        device=arguments.device, batch_size=arguments.batch_size, matched=lambda report: print(described(report), flush=True),
+        measured=print_losses, bars=bars(arguments.quiet),
     )  # fmt: skip
-    print(json.dumps({"out": str(out), "alpha": alpha, "mean_gap": projection.report.mean_gap, "held_out": measured.losses}))
+    told = {"alpha": found.alpha, "mean_gap": found.report.mean_gap, "held_out": found.held_out.losses}
+    print(json.dumps({"out": str(arguments.out.resolve()), **told}))
     return 0
 
 
 def read_alphas(arguments: argparse.Namespace) -> list[float]:
-    """What is to be tried, the alpha that is asked for among them."""
+    """What is to be tried."""
     try:
         alphas = [float(one) for one in arguments.alphas.split(",")]
     except ValueError as error:
         raise UsageError(f"--alphas is {arguments.alphas!r}; expected numbers such as 0.05,0.1") from error
-    alphas += [] if arguments.alpha is None else [arguments.alpha]
-    for alpha in alphas:
+    for alpha in [*alphas, *([] if arguments.alpha is None else [arguments.alpha])]:
         if not 0 < alpha <= 1:
             raise UsageError(f"alpha is {alpha:g}; expected more than 0 (the host) and up to 1")
     return alphas
@@ -135,36 +102,10 @@ def read_texts(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     return texts, held_out[: max(1, arguments.documents // 4)]
 
 
-def aligned(host: Any, donor: Any, max_tokens: int) -> "Align":
-    """Which positions of both models are compared: all but that of the token that begins a text."""
-    from merge.fusion.byte_tables import ByteTable, text_encoder
-    from merge.fusion.positions import mapped_tokens, same_tokens
-    from merge.fusion.vocabulary import same_tokenizer, vocabulary_map
-
-    begin = [host.tokenizer.bos_token_id] if host.tokenizer.bos_token_id is not None else []
-
-    def encode(texts: Any) -> Any:
-        return [begin + ids for ids in plain(texts)]
-
-    if same_tokenizer(host.tokenizer, donor.tokenizer):
-
-        def plain(texts: Any) -> Any:
-            return host.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-
-        return same_tokens(encode, max_tokens, skip=len(begin))
-    tables = [ByteTable.from_tokenizer(one.tokenizer, one.model.config.get_text_config().vocab_size) for one in (host, donor)]
-    plain = text_encoder(host.tokenizer, tables[0])
-    table = vocabulary_map(*tables, text_encoder(donor.tokenizer, tables[1]))
-    return mapped_tokens(encode, table, max_tokens, skip=len(begin))
-
-
-def room_for(each: int, device: Any) -> int:
-    """How many layers' moments a third of the device's free memory has room for."""
-    import psutil
-    import torch
-
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return max(1, int(free / 3 // each))
+def print_losses(held_out: "HeldOut") -> None:
+    """Held-out loss by alpha, for a person."""
+    for alpha, loss in held_out.losses.items():
+        print(f"alpha {alpha:<6g}{loss:.4f} held-out bits per byte{'  (the host)' if not alpha else ''}")
 
 
 def described(report: Any) -> str:

@@ -63,7 +63,7 @@ def fuse(
     overwrite: bool = False,
     command: str = "",
     copying: Callable[[int], Progress] = lambda total: lambda done: None,
-    training: Callable[[int, Mapping[str, float]], None] = lambda tokens, row: None,
+    training: Callable[[int, Mapping[str, float]], object] = lambda tokens, row: None,
 ) -> Fused:
     """Makes the folder `out`; in each of several processes under `accelerate launch`, of which the first writes.
 
@@ -149,7 +149,7 @@ def _train(
     work: Path,
     data: tuple[torch.Tensor, torch.Tensor],
     accelerator: Accelerator,
-    told: Callable[[int, Mapping[str, float]], None],
+    told: Callable[[int, Mapping[str, float]], object],
     source: Source | None,
 ) -> tuple[Trained, float | None]:
     recipe = parts.recipe.training

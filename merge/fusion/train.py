@@ -53,7 +53,7 @@ def train(
     logits_of: Callable[[list[int], torch.Tensor], torch.Tensor] | None = None,
     checkpoint: Path | None = None,
     identity: Mapping[str, Any] | None = None,
-    progress: Callable[[int, Mapping[str, float]], None] = lambda tokens, row: None,
+    progress: Callable[[int, Mapping[str, float]], object] = lambda tokens, row: None,
 ) -> Trained:
     """Trains `model.fusers` in place; the same values come back.
 
