@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import shutil
-import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +57,9 @@ def main(arguments: argparse.Namespace) -> int:
 
     if is_grid(arguments.config):
         return hugging_face(arguments)
-    from eval.arithmetic.execute import make_all, read_result
-    from eval.arithmetic.report import on_disk, read_published, summarise, table, write_report
+    from eval.arithmetic.execute import read_result
+    from eval.arithmetic.report import read_published, table
+    from eval.arithmetic.run import run_arithmetic
     from eval.arithmetic.study import cells
     from merge.runtime import training_device
 
@@ -77,7 +76,6 @@ def main(arguments: argparse.Namespace) -> int:
     todo = [cell for cell in cells(study) if read_result(arguments.out, cell) is None]
     total = sum(study.recipe_of(study.run(cell.run)).updates for cell in todo)
     logging.info("%d of %d cells to make, %s updates", len(todo), len(cells(study)), f"{total:,}")
-    started = time.perf_counter()
     with counter("training", "update", total, arguments.quiet) as bar:
 
         def finished(cell: Any, result: Any) -> None:
@@ -91,28 +89,27 @@ def main(arguments: argparse.Namespace) -> int:
                     result["diverged_at"],
                 )
 
-        failed = make_all(
-            study, arguments.out, workers=workers, device=device, compiled=compiled, progress=bar.update, finished=finished
-        )
-    seconds = time.perf_counter() - started
-    study = on_disk(find_study(arguments, everything=True), arguments.out)
-    rows = summarise(study, arguments.out, read_published(PUBLISHED))
-    write_report(study, arguments.out, rows, plots=not arguments.no_plots)
-    print(table(study, rows))
-    for folder, message in failed.items():
+        made = run_arithmetic(
+            study, arguments.out, whole=find_study(arguments, everything=True), published=read_published(PUBLISHED),
+            workers=workers, device=device, compiled=compiled, plots=not arguments.no_plots, progress=bar.update,
+            finished=finished,
+        )  # fmt: skip
+    print(table(made.study, made.rows))
+    for folder, message in made.failed.items():
         logging.error("%s: %s", folder, message)
     if todo:
         logging.warning(
-            "%s updates in %.0f s on %s", f"{total:,}", seconds, f"{workers} processes" if device == "cpu" else device
+            "%s updates in %.0f s on %s", f"{total:,}", made.time_s, f"{workers} processes" if device == "cpu" else device
         )
-    print(json.dumps({"out": str(arguments.out), "cells": len(cells(study)) - len(failed), "failed": len(failed)}))
-    return 1 if failed else 0
+    print(
+        json.dumps({"out": str(arguments.out), "cells": len(cells(made.study)) - len(made.failed), "failed": len(made.failed)})
+    )
+    return 1 if made.failed else 0
 
 
 def hugging_face(arguments: argparse.Namespace) -> int:
     """Trains small models of several families, fuses their layers and scores them."""
-    from eval.arithmetic.hugging_face import grid_cells, grid_table, make_cell, plans, read_grid
-    from merge.publish import write_whole
+    from eval.arithmetic.hugging_face import grid_cells, grid_table, plans, read_grid, run_grid
     from merge.runtime import training_device
 
     for option in ("runs", "datasets", "seeds", "steps", "modulus"):
@@ -126,43 +123,29 @@ def hugging_face(arguments: argparse.Namespace) -> int:
         print("\n".join([*(cell.folder for cell in todo), "each: trained, " + ", ".join([*plans(grid), *grid.joined])]))
         return 0
     device = training_device(arguments.device)
-    scores = {}
     with counter("training", "update", len(todo) * grid.training.updates, arguments.quiet) as bar:
-        for cell in todo:
-            bar.set_postfix_str(cell.folder)
-            scores[cell] = make_cell(grid, cell, arguments.out, CONFIGS, bar.update, device=device)
-            logging.info("%s: %s", cell.folder, scores[cell])
-    table = grid_table(grid, scores)
-    write_whole(arguments.out / "table.md", table)
-    print(table, end="")
+        scores = run_grid(
+            grid, arguments.out, CONFIGS, device=device, progress=bar.update,
+            begun=lambda cell: bar.set_postfix_str(cell.folder),
+            finished=lambda cell, found: logging.info("%s: %s", cell.folder, found),
+        )  # fmt: skip
+    print(grid_table(grid, scores), end="")
     print(json.dumps({"out": str(arguments.out), "cells": len(todo)}))
     return 0
 
 
 def find_study(arguments: argparse.Namespace, *, everything: bool = False) -> Any:
     """The study of the configuration file, reduced to the runs, data sets and seeds that are asked for unless `everything`."""
-    from eval.arithmetic.study import checked, chosen, read_study
+    from eval.arithmetic.run import arithmetic_study
 
     check_positive(arguments, "seeds", "steps", "modulus")
-    study = read_study(arguments.config)
-    if arguments.runs and not everything:
-        study = chosen(study, [name.strip() for name in arguments.runs.split(",")])
-    changes: dict[str, Any] = {}
-    if arguments.seeds and not everything:
-        changes["seeds"] = arguments.seeds
-    if arguments.modulus:
-        changes["modulus"] = arguments.modulus
-    if arguments.steps:
-        changes["recipe"] = replace(study.recipe, updates=arguments.steps)
-    if arguments.datasets and not everything:
-        wanted = tuple(name.strip() for name in arguments.datasets.split(","))
-        changes["datasets"] = wanted
-        # Runs with data sets of their own stay only where one of these is asked for.
-        kept = [
-            replace(one, datasets=tuple(d for d in one.datasets if d in wanted)) if one.datasets else one for one in study.runs
-        ]
-        changes["runs"] = tuple(new for old, new in zip(study.runs, kept, strict=True) if new.datasets or not old.datasets)
-    return checked(replace(study, **changes))
+    both = {"steps": arguments.steps, "modulus": arguments.modulus}
+    if everything:
+        return arithmetic_study(arguments.config, **both)
+    runs, datasets = (
+        [one.strip() for one in names.split(",")] if names else () for names in (arguments.runs, arguments.datasets)
+    )
+    return arithmetic_study(arguments.config, runs=runs, datasets=datasets, seeds=arguments.seeds, **both)
 
 
 def plan(study: Any) -> str:

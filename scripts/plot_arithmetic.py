@@ -25,19 +25,17 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> None:
     """Reads, draws, prints."""
-    from eval.arithmetic.execute import check
-    from eval.arithmetic.plots import draw_all
-    from eval.arithmetic.report import read_published, summarise, table
+    from eval.arithmetic.report import read_published, table
+    from eval.arithmetic.run import draw_arithmetic
 
     if not arguments.out.is_dir():
         raise UsageError(f"{arguments.out} is no folder; expected one that scripts/arithmetic.py wrote")
     study = find_study(arguments)
-    check(study, arguments.out)
-    rows = summarise(study, arguments.out, read_published(PUBLISHED))
+    whole = arguments.runs is None and arguments.datasets is None  # a page of a part would hide the rest
+    published = read_published(PUBLISHED)
+    rows, paths = draw_arithmetic(study, arguments.out, published=published, log_x=arguments.log_x, with_page=whole)
     if not rows:
         raise UsageError(f"{arguments.out} holds no result of these runs; expected RUN/DATASET_SEED/result.json")
-    whole = arguments.runs is None and arguments.datasets is None  # a page of a part would hide the rest
-    paths = draw_all(study, arguments.out, rows, log_x=arguments.log_x, with_page=whole)
     print(table(study, rows))
     print(f"{len(paths)} figures" + (f" and {arguments.out / 'index.html'}" if whole else ""))
 

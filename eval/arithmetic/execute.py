@@ -196,7 +196,7 @@ def make_all(
     study: Study,
     out: Path,
     *,
-    workers: int,
+    workers: int | None,
     device: str = "cpu",
     compiled: bool = False,
     progress: Callable[[int], None] = lambda updates: None,
@@ -204,14 +204,15 @@ def make_all(
 ) -> dict[str, str]:
     """Makes every cell that is not done, sources before what is made of them; cell -> message for those that failed.
 
-    On a CPU one cell per worker process; elsewhere all cells of a run whose tables have one size together, in this process.
+    On a CPU one cell per worker process; elsewhere, or without workers, all cells of a run whose tables have one size together,
+    in this process.
 
     Raises:
         StudyError: a run's results have another definition, or a worker process died.
     """
     begin(study, out)
     waiting = [cell for cell in cells(study) if read_result(out, cell) is None]
-    if device == "cpu":
+    if device == "cpu" and workers is not None:
         failed = _in_processes(study, out, waiting, workers, compiled, progress, finished)
     else:
         failed = _in_groups(study, out, waiting, device, progress, finished)

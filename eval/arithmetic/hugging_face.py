@@ -180,6 +180,36 @@ def plans(grid: Grid) -> dict[str, Plan]:
     return found
 
 
+def run_grid(
+    grid: Grid,
+    out: Path,
+    configs: Path,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] = lambda updates: None,
+    begun: Callable[[Cell], object] = lambda cell: None,
+    finished: Callable[[Cell, Mapping[str, float]], object] = lambda cell, scores: None,
+) -> dict[Cell, dict[str, float]]:
+    """Validation accuracy of every cell's models by name; what is not in the folder `out` yet is trained and merged.
+
+    Args:
+        grid: of `read_grid`.
+        configs: the folder whose models/ describes the families.
+        progress: called with the number of updates just made.
+        begun, finished: called before and after every cell.
+
+    Raises:
+        StudyError: what is in `out` was made with other settings, or a loss is no longer a number.
+    """
+    scores = {}
+    for cell in grid_cells(grid):
+        begun(cell)
+        scores[cell] = make_cell(grid, cell, out, configs, progress, device=device)
+        finished(cell, scores[cell])
+    write_whole(out / "table.md", grid_table(grid, scores))
+    return scores
+
+
 def make_cell(
     grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callable[[int], None], *, device: str = "cpu"
 ) -> dict[str, float]:
