@@ -17,11 +17,20 @@ _PUBLIC = {
     "Options": "api", "blueprint_for": "api", "merge_checkpoint": "api",
     "Checkpoint": "checkpoint", "read_checkpoint": "checkpoint",
     "MergeError": "errors",
-    "check_push": "hub", "push_folder": "hub",
+    "Explanation": "explain", "explain_plan": "explain",
+    "Parts": "fusion.assemble", "make_parts": "fusion.assemble",
+    "Backbone": "fusion.budget", "Budgeted": "fusion.budget", "Fusers": "fusion.budget", "plan_budget": "fusion.budget",
+    "read_backbone": "fusion.budget",
+    "FusionError": "fusion.errors",
+    "Fused": "fusion.make", "fuse": "fusion.make",
+    "HubError": "hub", "check_push": "hub", "push_folder": "hub",
+    "Recipe": "fusion.recipe", "read_recipe": "fusion.recipe", "recipe_from": "fusion.recipe",
     "METHODS": "methods", "plan_dropping": "methods", "plan_from_method": "methods",
     "Plan": "plan", "Row": "plan", "Step": "plan", "compose": "plan", "read_plan": "plan",
+    "Report": "report",
+    "fold_top": "similarity",
     "Source": "source", "resolve": "source",
-    "verify_folder": "verify",
+    "Verification": "verify", "verify_folder": "verify",
 }  # fmt: skip
 
 __all__ = sorted(_PUBLIC)
