@@ -8,18 +8,18 @@ MODELS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 
 def random_model(name: str, device: str, dtype: Any, layers: int | None = None) -> Any:
-    """A model as configs/models/NAME.json says, made on the device; of so many layers if given."""
+    """A model as configs/models/NAME.json says, or its twin for tiny:NAME, made on the device; of so many layers if given."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config: dict[str, Any] = json.loads((MODELS / f"{name}.json").read_text())["config"]
+    from merge.tiny import PREFIX, tiny_config
+
+    config: dict[str, Any] = json.loads((MODELS / f"{name.removeprefix(PREFIX)}.json").read_text())["config"]
+    if name.startswith(PREFIX):
+        window = config["max_position_embeddings"]  # its tokens are bytes: prompts are long
+        config = tiny_config(config) | {"max_position_embeddings": window}
     if layers:
         config["num_hidden_layers"] = layers
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=dtype).eval()  # not the config's dtype

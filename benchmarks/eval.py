@@ -11,7 +11,8 @@ After timing, predictions and log-probabilities of the two are compared.
     python benchmarks/eval.py --model SMOLLM2.gguf --data-dir DIR --subjects anatomy,virology
     python benchmarks/eval.py --model SMOLLM2.gguf --data-dir DIR --shapes llama3-8b --layers 19 --device cuda --dtype bfloat16
 
-With --shapes the weights are random, of a model in configs/models; only the tokenizer is the given model's.
+With --shapes the weights are random, of a model in configs/models (or its twin, tiny:NAME); only the tokenizer is the given
+model's.
 Last line of stdout: JSON.
 """
 
@@ -50,6 +51,7 @@ def main() -> None:
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--shapes", help="random weights of this model of configs/models")
     options.add_argument("--layers", type=int, help="so many layers of it")
+    options.add_argument("--batch-sizes", help="of lm-eval, to try; one alone is taken (default: a few for the device)")
     options.add_argument("--pack-tokens", help="tokens per call to try, comma-separated (default: the built-in choice)")
     options.add_argument("--skip-building", action="store_true")
     options.add_argument("--worker", choices=["hflm", "layerfuse", "+questions", "building"], help=argparse.SUPPRESS)
@@ -63,9 +65,11 @@ def main() -> None:
     kind = arguments.device.partition(":")[0]
     key = "cpu_s" if kind == "cpu" else "wall_s"
     with tempfile.TemporaryDirectory() as scratch:
-        probes = {size: call(arguments, "hflm", size, limit=PROBE, first_only=True)[key] for size in BATCHES[kind]}
-        best = min(probes, key=lambda size: probes[size])
-        note(f"lm-eval on {PROBE} questions, {key} by batch size: {probes}")
+        sizes = [int(one) for one in arguments.batch_sizes.split(",")] if arguments.batch_sizes else BATCHES[kind]
+        probes = {size: call(arguments, "hflm", size, PROBE, True)[key] for size in sizes} if len(sizes) > 1 else {}
+        best = min(sizes, key=lambda size: probes.get(size, 0))
+        if probes:
+            note(f"lm-eval on {PROBE} questions, {key} by batch size: {probes}")
         found = {"hflm": call(arguments, "hflm", best, answers=Path(scratch) / "hflm")}
         for size in arguments.pack_tokens.split(",") if arguments.pack_tokens else [None]:
             name = "layerfuse" if size is None else f"layerfuse, {size} tokens per call"
@@ -137,7 +141,7 @@ def work(arguments: argparse.Namespace) -> dict[str, Any]:
     from merge.source import resolve
 
     torch.set_num_threads(arguments.threads)
-    folder = resolve(arguments.model).folder
+    folder = resolve(arguments.model, configs=ROOT / "configs").folder
     model, tokenizer = load(arguments, folder)
     if arguments.worker == "hflm":
         lm = HFLM(model, tokenizer=tokenizer, batch_size=arguments.size)

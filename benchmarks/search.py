@@ -11,8 +11,9 @@ After timing, the trial's log-probabilities of the four options are compared wit
     python benchmarks/search.py --model SMOLLM2.gguf --data-dir DIR
     python benchmarks/search.py --model SMOLLM2.gguf --data-dir DIR --shapes llama3-8b --alphas alphas/base.json --device cuda
 
-With --shapes the weights are random, of a model in configs/models; only the tokenizer is the given model's. Then all subjects
-are asked, in bfloat16 on a GPU; seconds are of the wall clock; what is measured is capture, trial, gradient step and memory.
+With --shapes the weights are random, of a model in configs/models (or its twin, tiny:NAME); only the tokenizer is the given
+model's. Then all subjects are asked, in bfloat16 on a GPU; seconds are of the wall clock; what is measured is capture, trial,
+gradient step and memory.
 Last line of stdout: JSON.
 """
 
@@ -168,7 +169,7 @@ def shapes(arguments: argparse.Namespace) -> None:
     from merge.space import Alphas, Coefficients, groups_of
 
     logging.disable(logging.WARNING)
-    tokenizer = AutoTokenizer.from_pretrained(resolve(arguments.model).folder)
+    tokenizer = AutoTokenizer.from_pretrained(resolve(arguments.model, configs=ROOT / "configs").folder)
     gpu = arguments.device.startswith("cuda")
     dtype = torch.bfloat16 if gpu else torch.float32
     model = random_model(arguments.shapes, arguments.device, dtype)
