@@ -160,7 +160,7 @@ SETS: dict[str, dict[str, tuple[int, str]]] = {
             10 * MINUTES,
             "benchmarks/projection.py --steps 50 --positions 4096 --alphas 0,0.1 --heal 5 --heal-seeds 1 --eval-windows 32",
         ),
-        "pairs": (10 * MINUTES, f"{PAIRS} --pairs 0,1 --steps 8 --text-tokens 1024 --eval-tokens 1024"),
+        "pairs": (10 * MINUTES, f"{PAIRS} --pairs 27,28 --steps 8 --text-tokens 1024 --eval-tokens 1024"),
     },
     "full": {
         "merge": (8 * HOURS, "benchmarks/merge.py --preset 8b --cold --dir {work}"),
@@ -276,15 +276,19 @@ def chosen(name: str, only: str | None, added: Sequence[str]) -> dict[str, tuple
 
 def check(members: Mapping[str, tuple[int, str]], given: Mapping[str, str | None], arguments: argparse.Namespace) -> None:
     """Raises ValueError where an option that a benchmark needs is missing, or a file or folder is not there."""
-    lines = " ".join(line for _, line in members.values())
-    for key, option in (("model", "--model"), ("data", "--data-dir"), ("text", "--text")):
-        if f"{{{key}}}" in lines and not given[key]:
-            raise ValueError(
-                f"{option} is needed for {', '.join(m for m, (_, line) in members.items() if f'{{{key}}}' in line)}"
-            )
-    for path in (arguments.data_dir, arguments.text, arguments.dir, arguments.out.parent):
-        if path and not path.exists():
-            raise ValueError(f"{path} is not there")
+    for option, key, places in (
+        ("--model", "model", ["{model}"]),
+        ("--data-dir", "data", ["{data}"]),
+        ("--text", "text", ["{text}", "{half}"]),
+    ):
+        needing = [member for member, (_, line) in members.items() if any(place in line for place in places)]
+        if needing and not given[key]:
+            raise ValueError(f"{option} is needed for {', '.join(needing)}")
+    if arguments.text and not arguments.text.is_file():
+        raise ValueError(f"there is no file {arguments.text}")
+    for folder in (arguments.data_dir, arguments.dir, arguments.out.parent):
+        if folder and not folder.is_dir():
+            raise ValueError(f"there is no folder {folder}")
 
 
 def read_before(path: Path) -> dict[str, Any] | None:
@@ -330,7 +334,7 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="layerfuse-benchmark-", dir=folder) as work:
         values = {**given, "work": work, "half": f"{work}/half.txt"}
         if "{half}" in line and given["text"]:
-            text = Path(given["text"]).read_text(encoding="utf-8")
+            text = Path(given["text"]).read_text(encoding="utf-8", errors="ignore")
             Path(values["half"]).write_text(text[len(text) // 2 :], encoding="utf-8")
         started = time.perf_counter()
         found, error = run([sys.executable, *(part.format_map(values) for part in shlex.split(line))], limit_s)
