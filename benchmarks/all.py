@@ -111,7 +111,13 @@ FIGURES: dict[str, dict[str, tuple[str, str, str]]] = {
         "bits_per_byte/attention/prose": ("prose, fused by attention", "bits per byte", LOWER),
         "bits_per_byte/attention/code": ("code, fused by attention", "bits per byte", LOWER),
     },
-    "fusion-shapes": FUSED_SHAPES,
+    "fusion-shapes": {  # tiny: shares of a GPU's peak and memory would be zero
+        "of_host_and_donor_in_turn": ("throughput over host and donor in turn", "", HIGHER),
+        "prefill_tokens_per_s/fused": ("prefill", "tokens/s", HIGHER),
+        "decode_tokens_per_s/fused, batch 1": ("decoding, batch 1", "tokens/s", HIGHER),
+        "decode_tokens_per_s/fused, batch 16": ("decoding, batch 16", "tokens/s", HIGHER),
+        "train_tokens_per_s": ("training", "tokens/s", HIGHER),
+    },
     "projection": {
         "merged/rotated ridge/mean_gap": ("gap to the host rotated, ridge", "", LOWER),
         "merged/rotated procrustes/mean_gap": ("gap to the host rotated, Procrustes", "", LOWER),
@@ -143,7 +149,6 @@ TWIN = "--model tiny:llama3-8b --data-dir {data} --subjects anatomy --limit 3 --
 EVAL_LLAMA3 = f"benchmarks/eval.py {LLAMA3} --dtype bfloat16 --batch-sizes 32 --skip-building"
 EVAL_TWIN = f"benchmarks/eval.py {TWIN} --batch-sizes 1 --skip-building"
 FUSION = "benchmarks/fusion.py --host {model} --prose {text} --threads 1 --out {work}"
-GRID = "scripts/arithmetic.py --runs baseline --no-compile --no-plots --out {work}/grid"
 PAIRS = "benchmarks/pairs.py --model {model} --text {half} --eval-text {text} --out {work}/pairs.json"
 # What is run: name -> (seconds it may take, command). {model}, {data} and {text} are the options of those names, {half} is the
 # second half of the text, {work} a folder that is removed afterwards.
@@ -181,17 +186,14 @@ SETS: dict[str, dict[str, tuple[int, str]]] = {
         "eval-19-layers": (110, f"{EVAL_LLAMA3} --layers 19"),
         "search-8b": (100, f"benchmarks/search.py {LLAMA3} --alphas alphas/base.json --limit 5 --repeats 5"),
         "fused-8b-2b": (140, "benchmarks/fusion_shapes.py --device cuda --repeats 3"),
-        "arithmetic-grid": (90, f"{GRID} --device cuda --steps 2000"),
+        "arithmetic-grid": (90, "benchmarks/arithmetic.py --grid --device cuda --updates 2000"),
     },
     "rehearsal": {  # of "gpu": the same programs on a CPU, tiny
         "eval-32-layers": (5 * MINUTES, f"{EVAL_TWIN} --layers 32"),
         "eval-19-layers": (5 * MINUTES, f"{EVAL_TWIN} --layers 19"),
         "search-8b": (5 * MINUTES, f"benchmarks/search.py {TWIN} --alphas alphas/base.json --repeats 2"),
         "fused-8b-2b": (5 * MINUTES, "benchmarks/fusion_shapes.py --tiny --rows 1 --tokens 32 --written 2 --repeats 1"),
-        "arithmetic-grid": (
-            5 * MINUTES,
-            f"{GRID} --device cpu --workers 1 --steps 10 --datasets x_plus_y --seeds 1 --modulus 11",
-        ),
+        "arithmetic-grid": (5 * MINUTES, "benchmarks/arithmetic.py --grid --device cpu --updates 10 --seeds 2"),
     },
 }
 
@@ -243,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = result["benchmarks"][member] = measure(member, line, limit_s, given, arguments.dir)
         note(f"   {found['error']}" if "error" in found else f"   {found['seconds']} s")
     write_whole(arguments.out, json.dumps(result, indent=1) + "\n")
+    if before and before.get("note"):
+        note(f"{arguments.against} says: {before['note']}")
     if before and before["machine"] != result["machine"]:
         note(f"warning: {arguments.against} is of another machine ({before['machine']}); compare ratios, not seconds")
     print(table(result, before))

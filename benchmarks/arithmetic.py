@@ -7,7 +7,9 @@ One thread, processor milliseconds per update, a tenth of an evaluation included
 Each is timed in turn, several times over; given is the median of means over a hundred updates, and the ratios of medians.
 
     python benchmarks/arithmetic.py
+    python benchmarks/arithmetic.py --grid --device cuda      the study's baseline on all data sets: networks trained together
 
+With --grid the figure is updates of networks per second of the wall clock, evaluations and writing results included.
 Last line of stdout: JSON.
 """
 
@@ -18,8 +20,10 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -33,8 +37,15 @@ def main() -> None:
     options.add_argument("--turns", type=int, default=3)
     options.add_argument("--dataset", default="x_div_y")
     options.add_argument("--no-compile", action="store_true")
+    options.add_argument("--grid", action="store_true")
+    options.add_argument("--device", default="cuda", help="with --grid")
+    options.add_argument("--updates", type=int, default=7500, help="with --grid, of every network")
+    options.add_argument("--seeds", type=int, default=3, help="with --grid")
     arguments = options.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+    if arguments.grid:
+        grid(arguments)
+        return
 
     import torch
 
@@ -90,7 +101,6 @@ def main() -> None:
         print(
             f"{name:9} {value:7.2f} ms per update ({low:.2f} to {high:.2f})  {ms['plain'] / value:5.2f} times as fast as plain"
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     print(
         json.dumps(
             {
@@ -98,10 +108,44 @@ def main() -> None:
                 "cpu_ms_per_update": {k: round(v, 3) for k, v in ms.items()},
                 "times_faster": {k: round(ms["plain"] / v, 3) for k, v in ms.items()}, "turns": arguments.turns,
                 "torch": torch.__version__, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                "bf16_products": torch.backends.cpu.get_cpu_capability(), "commit": commit.stdout.strip(),
+                "bf16_products": torch.backends.cpu.get_cpu_capability(), "commit": commit(),
             }
         )
     )  # fmt: skip
+
+
+def grid(arguments: argparse.Namespace) -> None:
+    """The baseline on all data sets and seeds, all networks of one size in one batch, as the study is made on a GPU."""
+    import torch
+
+    from eval.arithmetic.execute import make_all
+    from eval.arithmetic.study import cells, chosen, read_study
+
+    study = chosen(read_study(ROOT / "configs" / "arithmetic" / "study.yaml"), ["baseline"])
+    study = replace(study, seeds=arguments.seeds, recipe=replace(study.recipe, updates=arguments.updates))
+    device = "cpu:0" if arguments.device == "cpu" else arguments.device  # by the name of "cpu" they are made one by one
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        failed = make_all(study, Path(folder), workers=1, device=device)
+        seconds = time.perf_counter() - started
+    if failed:
+        raise SystemExit("\n".join(f"{cell}: {message}" for cell, message in failed.items()))
+    speed = len(cells(study)) * arguments.updates / seconds
+    print(f"{len(cells(study))} networks, {arguments.updates} updates each: {seconds:.1f} s, {speed:.0f} updates per second")
+    print(
+        json.dumps(
+            {
+                "benchmark": "arithmetic grid", "networks": len(cells(study)), "updates": arguments.updates,
+                "time_s": round(seconds, 2), "updates_per_s": round(speed, 1), "torch": torch.__version__,
+                "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device, "commit": commit(),
+            }
+        )
+    )  # fmt: skip
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip()
 
 
 def timed(what: Callable[[], None]) -> float:

@@ -79,7 +79,7 @@ def test_one_that_fails_does_not_stop_the_others(call, tmp_path, capsys):
 
 def test_comparison_with_the_committed_figures(call, tmp_path, capsys):
     """A figure is compared where the command was the same; those without a unit come first."""
-    status, record = call("--only", "good")
+    status, record = call("--only", "good", "--note", "beside other work")
     assert status == 0
     assert f"there is no {tmp_path / 'before.json'} to compare with" in capsys.readouterr().err
     figures = record["benchmarks"]["good"]["figures"]
@@ -98,6 +98,7 @@ def test_comparison_with_the_committed_figures(call, tmp_path, capsys):
         ["good", "gone, s", "", "7", ""],
     ]
     assert "is of another machine" in said.err
+    assert "before.json says: beside other work" in said.err
     call("--only", "good", "--add", "good=--other 1")
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines()[2:-1]]
     assert all(not row[4].strip() for row in rows)
