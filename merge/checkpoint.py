@@ -277,7 +277,7 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> Tensor:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise CheckpointError(f"{here} is described by {entry!r:.80}, expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPE_BITS:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise CheckpointError(f"{here} has dtype {dtype!r}, expected one of {', '.join(DTYPE_BITS)}")
     if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
         raise CheckpointError(f"{here} has shape {shape!r:.60} and data_offsets {offsets!r:.60}, expected whole numbers from 0")
@@ -347,5 +347,5 @@ def _check_head(checkpoint: Checkpoint) -> None:
 
 
 def _is_causal(config: Config) -> bool:
-    architectures = config.get("architectures") or ["CausalLM"]
-    return str(architectures[0]).endswith("CausalLM")
+    named = config.get("architectures")
+    return str(named[0] if isinstance(named, list) and named else "CausalLM").endswith("CausalLM")

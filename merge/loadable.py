@@ -34,6 +34,9 @@ def check_loadable(source_config: Config, source: Shapes, config: Config, result
         before = _compare(source_config, source, _wanted(source_config))
     except _CannotTellError as error:
         return str(error)
+    misshapen = [one for one in before if ", expected " in one]
+    if misshapen:  # names may be changed on loading, shapes are not
+        raise PlanError(f"the source does not load: {misshapen[0]}; config.json and the weights do not belong together")
     if before:
         return f"the source itself differs from its model class ({before[0]})"
     try:
@@ -51,7 +54,7 @@ class _CannotTellError(Exception):
 
 def _by_table(config: Config, tensors: Shapes) -> list[str] | None:
     """The differences from what `shapes` says; None where it does not know the model type."""
-    if config.get("model_type") not in FAMILIES or not str((config.get("architectures") or [""])[0]).endswith("ForCausalLM"):
+    if config.get("model_type") not in FAMILIES or not (_class_name(config) or "").endswith("ForCausalLM"):
         return None
     try:
         shapes = tensor_shapes(config)
@@ -77,8 +80,8 @@ def _wanted(config: Config) -> dict[str, tuple[int, ...]]:
     torch = importlib.import_module("torch")
     transformers = importlib.import_module("transformers")
     data: dict[str, Any] = {key: value for key, value in config.items() if key not in ("auto_map", "quantization_config")}
-    name = (data.get("architectures") or ["AutoModelForCausalLM"])[0]
-    model_class = getattr(transformers, str(name), None)
+    name = _class_name(config) or "AutoModelForCausalLM"
+    model_class = getattr(transformers, name, None)
     if model_class is None or data.get("model_type") not in transformers.CONFIG_MAPPING:
         raise _CannotTellError(f"this transformers has no {name} for model_type {data.get('model_type')!r}")
     verbosity = transformers.logging.get_verbosity()
@@ -92,6 +95,12 @@ def _wanted(config: Config) -> dict[str, tuple[int, ...]]:
     finally:
         transformers.logging.set_verbosity(verbosity)
     return {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+
+
+def _class_name(config: Config) -> str | None:
+    """The model class that a config names, where it names one."""
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
 
 
 def _first_line(error: Exception) -> str:

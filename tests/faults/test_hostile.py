@@ -57,7 +57,7 @@ def inputs(tmp_path_factory, tiny_cache):
     }  # fmt: skip
     (folder / "fusion.json").write_text(json.dumps(fusion))
     evaluate_mmlu(
-        resolve(str(folder / "model")), read_mmlu(folder / "mmlu", ["anatomy"]), num_fewshot=1, out=folder / "results.json"
+        resolve(str(folder / "model")), read_mmlu(folder / "mmlu", ["anatomy"]), num_fewshot=1, out=folder / "scores.json"
     )
     return folder
 
@@ -116,8 +116,8 @@ FILES = {  # file -> script and options that read it; FILE stands for its name
     "plan.json": ("merge", ["--model", "model", "--plan", "FILE", "--out", "out"]),
     "fusion.json": ("fuse", ["--config", "FILE", "--out", "out"]),
     "study.json": ("pipeline", ["--config", "FILE", "--out", "out", "--no-report"]),
-    "results.json": ("compare", ["FILE", "other.json"]),
-    "results.parquet": ("compare", ["results.json", "other.json"]),
+    "scores.json": ("compare", ["FILE", "other.json"]),
+    "scores.parquet": ("compare", ["scores.json", "other.json"]),
     "mmlu/test/anatomy_test.csv": (
         "eval_mmlu", ["--model", "model", "--data-dir", "mmlu", "--subjects", "anatomy", "--num-fewshot", 1, "--out", "r.json"],
     ),
@@ -129,7 +129,7 @@ def attack_file(name, seed, inputs, folder, warm):
     work = folder / "work"
     shutil.copytree(inputs, work)
     for suffix in ("json", "parquet"):
-        shutil.copy(work / f"results.{suffix}", work / f"other.{suffix}")
+        shutil.copy(work / f"scores.{suffix}", work / f"other.{suffix}")
     if name == "study.json":  # absolute paths are of the originals
         (work / name).write_text((work / name).read_text().replace(str(inputs), str(work)))
     kind = damage_text(work / name, seed)
@@ -144,7 +144,7 @@ def attack_file(name, seed, inputs, folder, warm):
 
 @pytest.mark.parametrize("name", FILES)
 def test_damaged_files(name, inputs, tmp_path, warm):
-    for seed in range(FEW_FILES if name in ("alphas.json", "plan.json", "results.json") else FEW_FILES // 4):
+    for seed in range(FEW_FILES if name in ("alphas.json", "plan.json", "scores.json") else FEW_FILES // 4):
         attack_file(name, seed, inputs, tmp_path, warm)
 
 
