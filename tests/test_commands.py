@@ -80,8 +80,8 @@ def test_is_accepted(program, words, monkeypatch):
         return
     parse = argparse.ArgumentParser.parse_args
 
-    def only_parse(self):
-        parse(self)
+    def only_parse(self, arguments=None):
+        parse(self, arguments)
         raise ParsedError
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
