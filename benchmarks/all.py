@@ -1,7 +1,7 @@
 """Every benchmark of the project in one run: one table, one JSON, and the last committed figures beside today's.
 
     python benchmarks/all.py --model SMOLLM2.gguf --data-dir DIR --text wiki.test.raw --out figures.json
-    python benchmarks/all.py --preset full --dir BIG --out figures.json --add "merge=--mergekit EXECUTABLE" --add "fusion=--donor STORIES260K"
+    python benchmarks/all.py --preset full --dir BIG --out figures.json --add "fusion=--donor STORIES260K"
     python benchmarks/all.py --gpu --model SMOLLM2.gguf --data-dir DIR --out gpu.json     real shapes with random weights
     python benchmarks/all.py --gpu --device cpu --data-dir DIR --out rehearsal.json       the same, tiny: does it run?
 
