@@ -3,11 +3,9 @@
 import json
 import os
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 from fake_hub import COMMIT, serving
@@ -485,33 +483,6 @@ def test_disk_full_on_the_way(run):
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [f"error: {run.folder}/out cannot be written: File too large"]
     assert os.listdir(run.folder) == ["two.json"]
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_killed_at_any_moment(number, status, run):
-    """After a signal the target does not exist or is whole; what a kill leaves behind is removed by the next run."""
-    run("merge", "--alphas", "two.json", "--model", "tiny:llama3-8b", "--dry-run")
-    script = ROOT / "scripts" / "merge.py"
-    command = [sys.executable, str(script), "--alphas", "two.json", "--model", "tiny:llama3-8b", "--out", "out"]
-    statuses = set()
-    for delay in (0.3, 0.7, 1.1, 1.6, 2.2, 2.6):
-        process = subprocess.Popen(
-            command, cwd=run.folder, env=run.environment, stdout=-3, stderr=subprocess.PIPE, text=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # jobs in the background of a shell ignore it
-        )  # fmt: skip
-        time.sleep(delay)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        statuses.add(process.returncode)
-        if (run.folder / "out").exists():
-            run("verify", "out")
-            shutil.rmtree(run.folder / "out")
-        if number != signal.SIGKILL and process.returncode == status:
-            early = "Traceback" in said and delay < 1.0  # the interpreter was still importing
-            assert said == "stopped; nothing was written\n" or early
-    assert status in statuses
-    run("merge", "--alphas", "two.json", "--model", "tiny:llama3-8b", "--out", "out")
-    assert sorted(os.listdir(run.folder)) == ["out", "two.json"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
