@@ -15,7 +15,6 @@ import numpy.typing as npt
 import yaml
 from lm_eval.tasks import TaskManager
 
-from ..bits import Bits
 from ..errors import DataError, ScoreError, short
 from ..lm import PrefixLM
 from ..mmlu import quick_and_quiet
@@ -44,16 +43,11 @@ def split_text(lm: PrefixLM, text: str, settings: Text) -> tuple[list[int], list
 
 
 def measure_text(lm: PrefixLM, ids: Sequence[int]) -> dict[str, Any]:
-    """Perplexity, and the nats of every window, by which models are compared."""
+    """Perplexity, and the nats of every window, by which models are compared (`summary.compare`)."""
     nll, tokens = window_nll(lm, ids)
     _check_finite(nll, "the text")
     mean = float(nll.sum() / tokens.sum())
     return {"perplexity": perplexity(mean), "nll_per_token": mean, "nll": nll.tolist(), "tokens": tokens.tolist()}
-
-
-def text_bits(value: dict[str, Any]) -> Bits:
-    """The windows of `measure_text`, in nats and tokens, for `bits.difference`."""
-    return Bits(np.array(value["nll"]), np.array(value["tokens"], dtype=np.float64))
 
 
 def read_cloze(settings: Cloze) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import shutil
 
 import pytest
-from faults.harness import Warm, content
+from faults.harness import content
 from faults.mutate import KINDS, REFUSED, damage, damage_text
 from test_mmlu import write_archive
 from tiny import tiny_source
@@ -23,13 +23,6 @@ LAYERS, FEW, MANY = 3, 300, 10_000
 FEW_FILES, MANY_FILES = 40, 400  # of every kind of file
 LONGEST_S = 5.0
 MEMORY_BYTES = 2**30  # beside what the imports take
-
-
-@pytest.fixture(scope="module")
-def warm():
-    process = Warm()
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")

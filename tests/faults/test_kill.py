@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.harness import SIGNALS, Warm, content
+from faults.harness import SIGNALS, content
 from faults.tiny_gguf import write_gguf
 from test_mmlu import write_archive
 from tiny import tiny_source
@@ -52,13 +52,6 @@ class Command:
     same: Callable[[Path], object]
     before: Callable[[Path], None] = lambda folder: None
     kept: Callable[[Path], list] = lambda folder: []
-
-
-@pytest.fixture(scope="module")
-def warm():
-    process = Warm()
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="module")
