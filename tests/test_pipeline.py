@@ -373,6 +373,20 @@ def test_a_merge_has_to_beat_every_way_of_dropping(merge, drops, said):
     assert first.startswith("Yes") == ("better" in said.values())
 
 
+def test_nothing_is_claimed_while_a_control_is_missing():
+    models = [planted("m", "merge", GOOD, LOW), planted("d", "drop-last", BAD, HIGH)]
+    study = planted_study(*models)
+    assert {one.outcome for one in verdicts(study)} == {"better"}
+    study.record["arms"] = [
+        {"name": "g", "kind": "drop-greedy", "depth": 5},
+        {"name": "far", "kind": "drop-greedy", "depth": 3},
+    ]
+    assert verdicts(study) == []
+    said = answer(study, verdicts(study))
+    assert not said[0].startswith("Yes")
+    assert "Nothing is said of m: g, dropped to the same depth, has no results." in said
+
+
 def test_many_merges_without_a_difference_are_not_called_better():
     """Of 200 studies with 10 equal merges, about 5 % at most may claim anything."""
     random = np.random.default_rng(1)

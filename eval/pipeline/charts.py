@@ -107,15 +107,19 @@ def groups(models: Sequence[Model]) -> str | None:
         return svg(figure, "MMLU accuracy by group of subjects; dotted: chance")
 
 
-def alphas(plans: dict[str, Plan]) -> str | None:
-    """Alphas step by step, of merges that came from steps."""
-    plans = {name: plan for name, plan in plans.items() if plan.steps}
-    if not plans:
-        return None
-    with rc_context(STYLE):
-        figure, (ax,) = axes()
-        draw_alphas(ax, plans)
-        return svg(figure, "the alpha of every step")
+def alphas(plans: dict[str, Plan]) -> dict[str, str]:
+    """Alphas step by step, one picture for all merges of the same steps, by their names."""
+    alike: dict[tuple[tuple[int, int], ...], dict[str, Plan]] = {}
+    for name, plan in plans.items():
+        if plan.steps:
+            alike.setdefault(tuple((step.into, step.remove) for step in plan.steps), {})[name] = plan
+    found = {}
+    for same in alike.values():
+        with rc_context(STYLE):
+            figure, (ax,) = axes()
+            draw_alphas(ax, same)
+            found[", ".join(same)] = svg(figure, f"the alpha of every step of {', '.join(same)}")
+    return found
 
 
 def mixture(plan: Plan) -> str | None:

@@ -151,10 +151,21 @@ def drops_at(study: Study, model: Model) -> list[Model]:
     return [one for one in study.models if one.depth == model.depth and one.kind in (*DROPS, "drop-given")]
 
 
+def unmeasured(study: Study, merge: Model) -> list[str]:
+    """Ways of dropping at a merge's depth that the study has and that have no results yet."""
+    there = {one.name for one in study.models}
+    kinds = (*DROPS, "drop-given")
+    return [
+        arm["name"]
+        for arm in study.record["arms"]
+        if arm["kind"] in kinds and arm["depth"] == merge.depth and arm["name"] not in there
+    ]
+
+
 def verdicts(study: Study) -> list[Verdict]:
-    """For every merge and measurement, whether it beats every way of dropping at its depth."""
+    """For every merge and measurement, whether it beats every way of dropping at its depth; none while one is not measured."""
     raw: list[tuple[str, str, Comparison, int, float]] = []
-    for merge in (one for one in study.models if one.kind == "merge"):
+    for merge in (one for one in study.models if one.kind == "merge" and not unmeasured(study, one)):
         for measure, (_, _, more) in MEASURES.items():
             found = [one for drop in drops_at(study, merge) if (one := compare(merge, drop, measure)) is not None]
             if not found:
@@ -254,6 +265,9 @@ def _cautions(study: Study) -> list[str]:
                 f"The original itself answers MMLU no better than by chance ({micro['acc']:.3f} +- {micro['stderr']:.3f}), so "
                 "its questions cannot tell these models apart."
             )
+    for merge in (one for one in study.models if one.kind == "merge"):
+        if lacking := unmeasured(study, merge):
+            said.append(f"Nothing is said of {merge.name}: {_names(lacking)}, dropped to the same depth, has no results.")
     for part, why in study.record["missing"].items():
         said.append(f"Not measured: {part} ({why}).")
     for file, why in study.record["left_out"].items():
