@@ -93,10 +93,7 @@ def differences(first: Sequence[Answer], second: Sequence[Answer], seed: int = 0
     Raises:
         DataError: the answers are not to the same questions.
     """
-    ids = [[(answer.subject, answer.index, answer.target) for answer in answers] for answers in (first, second)]
-    if ids[0] != ids[1]:
-        raise DataError(f"the answers are to different questions ({len(ids[0])} and {len(ids[1])}); evaluate again")
-    whole = _paired(first, second, seed)
+    whole = overall(first, second, seed)
     result = [Difference("all", whole, whole.p_value)]
     for split in (by_group, by_subject):
         one, two = split(first), split(second)
@@ -104,6 +101,18 @@ def differences(first: Sequence[Answer], second: Sequence[Answer], seed: int = 0
         adjusted = holm([test.p_value for test in found.values()])
         result += [Difference(name, test, p) for (name, test), p in zip(found.items(), adjusted, strict=True)]
     return result
+
+
+def overall(first: Sequence[Answer], second: Sequence[Answer], seed: int = 0) -> Paired:
+    """The comparison over all questions alone.
+
+    Raises:
+        DataError: the answers are not to the same questions.
+    """
+    ids = [[(answer.subject, answer.index, answer.target) for answer in answers] for answers in (first, second)]
+    if ids[0] != ids[1]:
+        raise DataError(f"the answers are to different questions ({len(ids[0])} and {len(ids[1])}); evaluate again")
+    return _paired(first, second, seed)
 
 
 def flipped(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:

@@ -19,8 +19,8 @@ from merge.source import Source
 
 from .lm import PrefixLM
 from .load import load_model
-from .mmlu import Subject, partial, question_set
-from .progress import Progress
+from .mmlu import Subject, num_questions, partial, question_set
+from .progress import Progress, progress_path
 from .results import Answer, question_text, summary, write_results
 from .run import ask, continuation, find_tasks, first_tokens, run_tasks, task_version, text_perplexity, total_work
 
@@ -89,7 +89,7 @@ def evaluate_mmlu(
             kept.start()
     finished = kept.finished if kept else {}
     missing = [subject for subject in subjects if subject.name not in finished]
-    count = sum(min(len(subject.test), limit or len(subject.test)) for subject in missing)
+    count = num_questions(missing, limit)
     advance = progress(count)
     started = time.perf_counter()
     ask(
@@ -193,11 +193,6 @@ def evaluate_tasks(
         **peak_memory(lm),
     }
     return record, found
-
-
-def progress_path(out: Path) -> Path:
-    """Where the finished subjects of a run that writes `out` are kept while it is under way."""
-    return out.with_name(out.name.removesuffix(".json") + ".progress.jsonl")
 
 
 def plan_beside(folder: Path) -> dict[str, Any] | None:

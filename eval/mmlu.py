@@ -161,13 +161,18 @@ def question_set(subjects: Sequence[Subject]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def num_questions(subjects: Sequence[Subject], limit: int | None = None) -> int:
+    """How many test questions are asked, at most `limit` of each subject."""
+    return sum(len(subject.test) if limit is None else min(limit, len(subject.test)) for subject in subjects)
+
+
 def partial(subjects: Sequence[Subject], limit: int | None = None) -> str | None:
     """What part of MMLU these questions are; None if they are all of it."""
-    tests = [len(subject.test) if limit is None else min(limit, len(subject.test)) for subject in subjects]
+    count = num_questions(subjects, limit)
     dev = sum(len(subject.dev) for subject in subjects)
-    if (len(tests), sum(tests), dev) == (len(SUBJECTS), NUM_TEST, NUM_DEV):
+    if (len(subjects), count, dev) == (len(SUBJECTS), NUM_TEST, NUM_DEV):
         return None
-    return f"{sum(tests):,} of {NUM_TEST:,} questions, {len(tests)} of {len(SUBJECTS)} subjects, {dev} of {NUM_DEV} examples"
+    return f"{count:,} of {NUM_TEST:,} questions, {len(subjects)} of {len(SUBJECTS)} subjects, {dev} of {NUM_DEV} examples"
 
 
 def tasks(subjects: Sequence[Subject], num_fewshot: int, convention: str = "lm-eval") -> list[Any]:

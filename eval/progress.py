@@ -12,6 +12,11 @@ from .errors import DataError
 from .results import Answer
 
 
+def progress_path(out: Path) -> Path:
+    """Where the finished subjects of a run that writes the results file `out` are kept while it is under way."""
+    return out.with_name(out.name.removesuffix(".json") + ".progress.jsonl")
+
+
 class Progress:
     """Finished subjects of a run that is under way, under the settings that they were asked with.
 

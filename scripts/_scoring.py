@@ -92,6 +92,11 @@ def check_out(arguments: argparse.Namespace, out: Path, *others: Path) -> None:
         raise UsageError(f"{out.parent} cannot be written to")
 
 
+def quiet_here(arguments: argparse.Namespace) -> bool:
+    """Whether this process shows no bar: asked to be quiet, or not the first of several."""
+    return arguments.quiet or int(os.environ.get("RANK", "0")) != 0
+
+
 def counter(description: str, unit: str, total: int, quiet: bool) -> Any:
     """A progress bar on stderr; none where stderr is no terminal or HF_HUB_DISABLE_PROGRESS_BARS is set."""
     from huggingface_hub.utils import tqdm

@@ -4,12 +4,11 @@
 import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, check_out, check_positive, counter, find_source
+from _scoring import add_run_options, check_out, check_positive, counter, find_source, quiet_here
 
 EXAMPLES = """\
   python scripts/eval.py --model OUT --tasks arc_easy,hellaswag,wikitext
@@ -52,8 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
     from eval.evaluation import evaluate_tasks
     from merge.publish import write_whole
 
-    quiet = arguments.quiet or int(os.environ.get("RANK", "0")) != 0
-    with counter("scoring", "request", 0, quiet) as bar:
+    with counter("scoring", "request", 0, quiet_here(arguments)) as bar:
         evaluated = evaluate_tasks(
             source,
             names,

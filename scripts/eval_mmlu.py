@@ -5,16 +5,17 @@ import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
 import json
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, check_out, check_positive, counter, find_source
+from _scoring import add_run_options, check_out, check_positive, counter, find_source, quiet_here
 
 from eval.errors import DataError
 from eval.mmlu import CONVENTIONS, partial, read_mmlu
+from eval.progress import progress_path
+from eval.results import answers_path
 
 EXAMPLES = """\
   python scripts/eval_mmlu.py --model merged/Meta-Llama-3-8B-base --data-dir DIR --text wiki.test.raw
@@ -57,8 +58,8 @@ def main(arguments: argparse.Namespace) -> None:
     source = find_source(arguments)
     source.checkpoint()
     out = arguments.out or Path("results") / f"{source.name}.json"
-    check_out(arguments, out, out.with_name(out.name.removesuffix(".json") + ".parquet"))
-    begun = out.with_name(out.name.removesuffix(".json") + ".progress.jsonl")
+    check_out(arguments, out, answers_path(out))
+    begun = progress_path(out)
     if begun.exists() and not (arguments.resume or arguments.overwrite):
         raise UsageError(f"{begun} holds finished subjects of an interrupted run; give --resume, or --overwrite")
     subjects = read_mmlu(arguments.data_dir, arguments.subjects.split(",") if arguments.subjects else ())
@@ -79,8 +80,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise
         text_missing = str(error)
         logging.warning("perplexity of plain text will be missing: %s", error)
-    quiet = arguments.quiet or int(os.environ.get("RANK", "0")) != 0
-    with counter("MMLU", "question", 0, quiet) as bar:
+    with counter("MMLU", "question", 0, quiet_here(arguments)) as bar:
         found = evaluate_mmlu(
             source,
             subjects,

@@ -216,6 +216,15 @@ def test_from_a_merge_to_a_comparison(run, tmp_path):
     assert "dropped.json exists; give --overwrite" in done.stderr
 
 
+def test_answers_are_never_replaced_unasked(run, tmp_path):
+    """Beside results.json they have another name than beside other files."""
+    data = write_archive(tmp_path / "mmlu", count=3)
+    for out, answers in (("results.json", "samples.parquet"), ("r.json", "r.parquet")):
+        (run.folder / answers).write_text("somebody's")
+        done = run("eval_mmlu", "--model", "tiny:llama3-8b", "--data-dir", data, "--out", out, status=2)
+        assert f"{answers} exists; give --overwrite" in done.stderr
+
+
 def test_resume_keeps_finished_subjects(run, tmp_path):
     """A run that was stopped after its first subject: that subject's answers, made recognisable, are in the result."""
     data = write_archive(tmp_path / "mmlu")

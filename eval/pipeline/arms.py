@@ -104,11 +104,6 @@ def make_arms(
     return found
 
 
-def dropping(arm: Arm) -> bool:
-    """Whether an arm only drops layers."""
-    return arm.plan is not None and all(row.is_unit for row in arm.plan.rows)
-
-
 def _control(control: str, merge: Arm, gone: int, greedy: Callable[[int], Sequence[int] | None], layers: int) -> Arm | None:
     """A control of a merge; None where there is none."""
     assert merge.plan is not None

@@ -14,6 +14,7 @@ A part is done again only if one of its inputs has changed: the model's files, t
 dtype and device, or the version of a library.
 """
 
+import functools
 import gc
 import json
 import logging
@@ -46,7 +47,7 @@ from ..errors import DataError, EvalError
 from ..evaluation import CHOICES
 from ..lm import PrefixLM
 from ..load import load_model, stored_dtype
-from ..mmlu import Subject, partial, question_set, read_mmlu
+from ..mmlu import Subject, num_questions, partial, question_set, read_mmlu
 from ..progress import Progress
 from ..results import Answer, question_text, summary, write_results
 from ..run import TEXT_WINDOW, ask, plain_text, task_version
@@ -80,36 +81,40 @@ class Kept:
         self.folder = folder
 
     def get(self, name: str, inputs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What the part gave, if it was done with these very inputs."""
-        path = self.folder / f"{name}.json"
-        if not path.is_file():
+        """What the part gave, if it was done with these very inputs; says why it was not, where it was done at all."""
+        if (entry := self._read(name)) is None:
             return None
-        try:
-            entry = read_json(path)
-            known, value = entry["inputs"], entry["value"]
-        except (MergeError, KeyError, TypeError):
-            log.warning("%s cannot be read; %s is done again", path, name)
-            return None
-        wanted = json.loads(json.dumps(inputs))
+        known, wanted = entry["inputs"], json.loads(json.dumps(inputs))
         if known != wanted:
             changed = sorted(key for key in {*known, *wanted} if known.get(key) != wanted.get(key))
-            log.warning("%s is done again: %s changed", path.with_suffix(""), ", ".join(changed))
+            log.warning("%s is done again: %s changed", self.folder / name, ", ".join(changed))
             return None
-        return dict(value)
+        return dict(entry["value"])
 
     def has(self, name: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether the part was done with these very inputs; says nothing."""
-        path = self.folder / f"{name}.json"
-        try:
-            return path.is_file() and bool(read_json(path)["inputs"] == json.loads(json.dumps(inputs)))
-        except (MergeError, KeyError, TypeError):
-            return False
+        """Whether the part was done with these very inputs."""
+        entry = self._read(name)
+        return entry is not None and bool(entry["inputs"] == json.loads(json.dumps(inputs)))
 
     def put(self, name: str, inputs: Mapping[str, Any], value: Mapping[str, Any]) -> None:
         """Keeps what a part gave."""
         self.folder.mkdir(parents=True, exist_ok=True)
         entry = {"schema_version": SCHEMA_VERSION, "inputs": inputs, "value": value}
         write_whole(self.folder / f"{name}.json", json.dumps(entry) + "\n")
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        """A part with its inputs, where there is one that can be read."""
+        path = self.folder / f"{name}.json"
+        if not path.is_file():
+            return None
+        try:
+            entry = read_json(path)
+        except MergeError:
+            entry = None
+        if not (isinstance(entry, dict) and isinstance(entry.get("inputs"), dict) and isinstance(entry.get("value"), dict)):
+            log.warning("%s cannot be read; %s is done again", path, name)
+            return None
+        return entry
 
 
 def run_study(
@@ -288,7 +293,7 @@ class _Run:
             if part == "merge" and found is not None and self.settings.keep_checkpoints and not model.made():
                 found = None
             if found is None:
-                found = self._timed(part, arm, lambda part=part: self._measure(part, arm, model))  # type: ignore[misc]
+                found = self._timed(part, arm, functools.partial(self._measure, part, arm, model))
                 kept.put(part, inputs, found)
             else:
                 log.info("%s: %s is done already", arm.name, part)
@@ -333,7 +338,7 @@ class _Run:
             lm = model.load()
             kept.folder.mkdir(parents=True, exist_ok=True)
             progress.start()
-            count = sum(min(len(subject.test), how.limit or len(subject.test)) for subject in missing)
+            count = num_questions(missing, how.limit)
             with self.bars(f"{arm.name}: MMLU", "question", count) as bar:
 
                 def answer() -> dict[str, Any]:

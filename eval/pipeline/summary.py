@@ -18,10 +18,10 @@ from scipy.stats import t as student
 from merge.records import read_json
 
 from ..bits import Bits, difference
-from ..compare import SIGNIFICANT, Difference, differences
+from ..compare import SIGNIFICANT, Difference, differences, overall
 from ..errors import DataError
 from ..results import Answer, read_results
-from ..stats import CONFIDENCE, Paired, holm, paired, stderr
+from ..stats import Paired, holm, paired, perplexity, stderr
 from .arms import DROPS, ORIGINAL
 from .run import RESULTS, SCHEMA_VERSION, STUDY
 
@@ -135,7 +135,7 @@ def compare(model: Model, other: Model, measure: str) -> Comparison | None:
         spread = abs(found.value) / found.stderr if found.stderr else math.inf if found.value else 0.0
         p_value = float(2 * student.sf(spread, max(1, found.count - 1)))
         return Comparison(measure, model.name, other.name, found.value, found.low, found.high, p_value)
-    test = mmlu_differences(model, other)[0].paired if measure == "mmlu" else _cloze(one, two)
+    test = overall(other.answers, model.answers) if measure == "mmlu" else _cloze(one, two)
     return Comparison(
         measure, model.name, other.name, 100 * test.difference, 100 * test.low, 100 * test.high, test.p_value
     )  # fmt: skip
@@ -297,13 +297,9 @@ def _cloze(one: dict[str, Any], two: dict[str, Any]) -> Paired:
 
 def _perplexity_interval(text: dict[str, Any]) -> tuple[float, float] | None:
     """95 % over windows; None for fewer than two."""
-    nll, tokens = np.array(text["nll"]), np.array(text["tokens"], dtype=float)
-    if len(nll) < 2:
-        return None
-    mean = nll.sum() / tokens.sum()
-    error = float(np.std((nll - mean * tokens) / tokens.mean(), ddof=1) / math.sqrt(len(nll)))
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, len(nll) - 1)) * error
-    return math.exp(min(700.0, mean - half)), math.exp(min(700.0, mean + half))
+    bits = _bits(text)
+    found = difference(bits, Bits(np.zeros_like(bits.bits), bits.bytes))
+    return None if math.isnan(found.stderr) else (perplexity(found.low), perplexity(found.high))
 
 
 def _none(value: float) -> float | None:
