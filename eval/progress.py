@@ -49,10 +49,17 @@ class Progress:
         write_whole(self.path, "\n".join([self.header, *map(self._line, self.finished)]) + "\n")
 
     def add(self, subject: str, answers: Sequence[Answer]) -> None:
-        """Keeps the answers of a finished subject."""
+        """Keeps the answers of a finished subject.
+
+        Raises:
+            DataError: they cannot be written.
+        """
         self.finished[subject] = list(answers)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(self._line(subject) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._line(subject) + "\n")
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be written: {error.strerror or error}; give --resume to go on") from error
 
     def remove(self) -> None:
         """The results are written; nothing is under way any more."""

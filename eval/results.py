@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merge.errors import RecordError
-from merge.publish import whole_file, write_whole
+from merge.publish import whole_file
 from merge.records import read_json
 
 from .errors import DataError, ScoreError
@@ -109,10 +109,11 @@ def _values(one: Score) -> dict[str, Any]:
 
 
 def write_results(path: Path, record: Mapping[str, Any], answers: Sequence[Answer]) -> None:
-    """Writes PATH (JSON) and the answers beside it (parquet); each file appears whole.
+    """Writes PATH (JSON) and the answers beside it (parquet); each file appears whole, PATH last: where it is, both are.
 
     Raises:
         ScoreError: a log-probability is not a number.
+        OutputError: a file cannot be written.
     """
     broken = [answer for answer in answers if not all(map(math.isfinite, answer.logprobs))]
     if broken:
@@ -121,10 +122,12 @@ def write_results(path: Path, record: Mapping[str, Any], answers: Sequence[Answe
     arrow, parquet = importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     path.parent.mkdir(parents=True, exist_ok=True)
     table = arrow.Table.from_pylist([asdict(answer) | {"logprobs": list(answer.logprobs)} for answer in answers])
-    with whole_file(answers_path(path)) as scratch:
-        parquet.write_table(table, scratch)
-        content = {"schema_version": SCHEMA_VERSION, "answers_sha256": _sha256(scratch), **record}
-    write_whole(path, json.dumps(content, indent=2) + "\n")
+    with whole_file(path) as scratch:
+        with whole_file(answers_path(path)) as table_scratch:
+            parquet.write_table(table, table_scratch)
+            content = {"schema_version": SCHEMA_VERSION, "answers_sha256": _sha256(table_scratch), **record}
+            scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            path.unlink(missing_ok=True)  # never beside answers that it was not made from
 
 
 def _sha256(path: Path) -> str:

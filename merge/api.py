@@ -11,8 +11,8 @@ from typing import Any
 
 from .blueprint import DEFAULT_SHARD_SIZE, Blueprint, make_blueprint
 from .card import model_card
-from .checkpoint import INDEX_FILE, Checkpoint
-from .errors import CheckpointError, OutputError
+from .checkpoint import INDEX_FILE, Checkpoint, check_unchanged
+from .errors import OutputError
 from .execute import Progress, execute
 from .loadable import check_loadable
 from .plan import Plan, plan_to_dict
@@ -106,8 +106,7 @@ def merge_checkpoint(
         card = model_card(blueprint, source.model or base_model, source.revision, command, source.name)
         (scratch / "README.md").write_text(card, encoding="utf-8")
         traffic = execute(blueprint, scratch, runtime, progress(blueprint.bytes_to_compute), meanwhile)
-        if header_hashes(source.checkpoint()) != header_hashes(checkpoint):
-            raise CheckpointError(f"{checkpoint.folder} was changed while it was read; run again")
+        check_unchanged(checkpoint, source.checkpoint())
         report = Report(
             source=SourceRecord(source.spec, source.model, source.revision, header_hashes(checkpoint)),
             command=command,

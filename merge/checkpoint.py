@@ -60,11 +60,15 @@ class Tensor:
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One safetensors file: its size and the SHA-256 of its length field and header."""
+    """One safetensors file: its size and the SHA-256 of its length field and header.
+
+    `state` tells whether its data were changed since: the file's number on its disk and its time of change in ns.
+    """
 
     name: str
     size_bytes: int
     header_sha256: str
+    state: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def read_header(path: Path) -> tuple[ShardFile, list[Tensor]]:
     """
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            state = os.fstat(file.fileno())
+            size = state.st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
             if length < 2 or length > MAX_HEADER_BYTES or 8 + length > size:
@@ -191,7 +196,13 @@ def read_header(path: Path) -> tuple[ShardFile, list[Tensor]]:
             f"{path} has {size:,} bytes, expected {position:,} by its header; it is "
             f"{'truncated' if size < position else 'too long'}: download it again"
         )
-    return ShardFile(path.name, size, hashlib.sha256(prefix + raw).hexdigest()), tensors
+    return ShardFile(path.name, size, hashlib.sha256(prefix + raw).hexdigest(), (state.st_ino, state.st_mtime_ns)), tensors
+
+
+def check_unchanged(before: Checkpoint, after: Checkpoint) -> None:
+    """Raises CheckpointError where the config or a file of a folder that is read again is not what it was before."""
+    if (before.config, before.files) != (after.config, after.files):
+        raise CheckpointError(f"{before.folder} was changed while it was read; run again")
 
 
 def encode_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

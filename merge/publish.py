@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import OutputError
+from safetensors import SafetensorError
+
+from .errors import MergeError, OutputError
 
 SCRATCH_SUFFIX = ".partial"
 _AT_FDCWD = -100  # linux/fcntl.h
@@ -37,23 +39,20 @@ def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = No
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_dead_scratch(target)
-        scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}"
-        scratch.mkdir()  # the mode follows the umask, unlike mkdtemp's
-        lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        scratch, lock = _locked_scratch(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be created: {error.strerror or error}") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             yield scratch
             _open_modes(scratch)
             _flush(scratch, lock)
             check_target(target, overwrite=overwrite, marker=marker)  # it may have appeared meanwhile
             _publish(scratch, target, overwrite)
-        except OSError as error:
-            if isinstance(error, OutputError):
-                raise
-            raise OutputError(f"{target} cannot be written: {error.strerror or error}") from error
+        except MergeError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise _cannot_be_written(target, error) from error
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         for parent in created_parents:
@@ -62,6 +61,25 @@ def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = No
         raise
     finally:
         os.close(lock)
+
+
+def _locked_scratch(target: Path) -> tuple[Path, int]:
+    """A new scratch folder beside a target, and the descriptor that holds its lock."""
+    while True:
+        scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}{SCRATCH_SUFFIX}"
+        scratch.mkdir()  # the mode follows the umask, unlike mkdtemp's
+        with suppress(FileNotFoundError, BlockingIOError):
+            lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.fstat(
+                    lock
+                ).st_nlink:  # a run that started beside this one may have taken it for a dead one's before the lock
+                    return scratch, lock
+            except BaseException:
+                os.close(lock)
+                raise
+            os.close(lock)
 
 
 @contextmanager
@@ -94,6 +112,8 @@ def check_target(target: Path, *, overwrite: bool = False, marker: str | None = 
     """Raises OutputError unless a folder may be published under this name."""
     if target.is_symlink():
         raise OutputError(f"{target} is a link; give the name of a folder, or remove the link")
+    if target.is_mount():
+        raise OutputError(f"{target} is a mount, whose name cannot be given to another folder; give a name inside it")
     if not target.exists():
         return
     if not target.is_dir():
@@ -131,19 +151,35 @@ def remove_dead_scratch(target: Path) -> list[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A scratch name to write to, which becomes `path` at the end; nothing is left if writing fails."""
+    """A scratch name to write to, which becomes `path` at the end; nothing is left if writing fails.
+
+    Flushed before it is renamed: after a power cut the name would otherwise lead to an empty file.
+
+    Raises:
+        OutputError: the file cannot be written, flushed or renamed.
+    """
     scratch = path.with_name(path.name + ".partial")
     try:
         yield scratch
+        _flush_file(scratch)
         scratch.replace(path)
+    except MergeError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise _cannot_be_written(path, error) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # what was to be said has been said
+            scratch.unlink()
 
 
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file that appears whole."""
     with whole_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def _cannot_be_written(path: Path, error: Exception) -> OutputError:
+    return OutputError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}")
 
 
 def _missing_parents(folder: Path) -> list[Path]:
@@ -158,12 +194,16 @@ def _missing_parents(folder: Path) -> list[Path]:
 def _flush(folder: Path, descriptor: int) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.stat().st_nlink == 1:  # what is linked was on disk before
-            file = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(file)
-            finally:
-                os.close(file)
+            _flush_file(path)
     os.fsync(descriptor)
+
+
+def _flush_file(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def _publish(scratch: Path, target: Path, overwrite: bool) -> None:

@@ -95,7 +95,7 @@ def run(
     except UsageError as error:
         result.error(str(error))
     except (MergeError, EvalError, FusionError) as error:
-        _end(arguments, f"error: {_one_line(error)}", 1)
+        _end(arguments, f"error: {_one_line(error)}{_but_whole(arguments)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
         _end(arguments, _how_far(arguments), 143 if isinstance(error, _TerminatedError) else 130)
     except BrokenPipeError:  # the reader of our output left: `... | head`
@@ -109,20 +109,24 @@ def run(
         _end(arguments, f"error: {_one_line(error).partition('. ')[0]}", 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _end(arguments, f"error: {where}{error.strerror or _one_line(error)}", 1)
+        _end(arguments, f"error: {where}{error.strerror or _one_line(error)}{_but_whole(arguments)}", 1)
 
 
 def publishes(arguments: argparse.Namespace, out: Path) -> None:
-    """Says which folder `main` is about to make: if Ctrl-C comes after it has appeared, that is what is said."""
+    """Says which folder `main` is about to make: if Ctrl-C or an error comes after it has appeared, that is what is said."""
     arguments.publishes = (out, _inode(out))
 
 
 def _how_far(arguments: argparse.Namespace) -> str:
     """What Ctrl-C and SIGTERM print."""
+    whole = _but_whole(arguments)
+    return f"stopped{whole}" if whole and not arguments.stopped.startswith("stopped while") else str(arguments.stopped)
+
+
+def _but_whole(arguments: argparse.Namespace) -> str:
+    """What is added where the folder that was being made has appeared all the same."""
     out, before = getattr(arguments, "publishes", (None, None))
-    if out is not None and _inode(out) not in (None, before) and not arguments.stopped.startswith("stopped while"):
-        return f"stopped; {out} had been finished and is whole"
-    return str(arguments.stopped)
+    return f"; {out} had been finished and is whole" if out is not None and _inode(out) not in (None, before) else ""
 
 
 def _inode(path: Path) -> int | None:

@@ -58,8 +58,11 @@ def main(arguments: argparse.Namespace) -> None:
     source = find_source(arguments)
     source.checkpoint()
     out = arguments.out or Path("results") / f"{source.name}.json"
-    check_out(arguments, out, answers_path(out))
     begun = progress_path(out)
+    if out.exists() and begun.exists() and out.stat().st_mtime_ns >= begun.stat().st_mtime_ns:
+        begun.unlink()  # of a run that was stopped when all but this was done
+    between = arguments.resume and begun.exists() and not out.exists()  # stopped between the one file and the other
+    check_out(arguments, out, *(() if between else (answers_path(out),)))
     if begun.exists() and not (arguments.resume or arguments.overwrite):
         raise UsageError(f"{begun} holds finished subjects of an interrupted run; give --resume, or --overwrite")
     subjects = read_mmlu(arguments.data_dir, arguments.subjects.split(",") if arguments.subjects else ())

@@ -145,3 +145,42 @@ def test_parent_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be created"):
         build(tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize("when", ["before the lock", "under a lock of its own"])
+def test_a_run_that_starts_beside_this_one_takes_no_folder_from_it(when, tmp_path, monkeypatch):
+    """A new scratch folder that is not locked yet looks like a dead run's; whoever lost it makes another."""
+    real, met = publish.fcntl.flock, []
+
+    def flock(descriptor, how):
+        if not met:
+            met.append(descriptor)
+            (scratch,) = tmp_path.iterdir()
+            if when == "before the lock":
+                scratch.rmdir()
+            else:
+                scratch.rmdir()
+                raise BlockingIOError
+        real(descriptor, how)
+
+    monkeypatch.setattr(publish.fcntl, "flock", flock)
+    build(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    assert met
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(publish.os, "fsync", lambda file: synced.append(((tmp_path / "a").exists(), os.fstat(file).st_size)))
+    publish.write_whole(tmp_path / "a", "text")
+    assert synced == [(False, 4)]
+
+
+def test_a_file_that_cannot_be_flushed_does_not_appear(tmp_path, monkeypatch):
+    def fsync(file):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(publish.os, "fsync", fsync)
+    with pytest.raises(OSError, match="Input/output"):
+        publish.write_whole(tmp_path / "a", "text")
+    assert names(tmp_path) == []

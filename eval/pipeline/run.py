@@ -190,13 +190,14 @@ def read_data(settings: Settings) -> Data:
 
 def _check_out(out: Path, resume: bool) -> None:
     """Raises OutputError unless a study may be begun, or gone on with, in this folder."""
+    check_target(out, overwrite=True)
     begun = (out / STUDY).is_file()
-    if resume and not begun and out.exists() and any(out.iterdir()):
-        raise OutputError(f"{out} holds no {STUDY}, so there is no study to go on with; choose another --out")
-    if not resume:
-        if begun:
-            raise OutputError(f"{out} holds a study; go on with it by --resume, or choose another --out")
-        check_target(out)
+    if begun and not resume:
+        raise OutputError(f"{out} holds a study; go on with it by --resume, or choose another --out")
+    before_it = {GREEDY, f"{GREEDY}.partial", f"{STUDY}.partial"}  # of a run that was stopped before its study was written
+    if not begun and out.exists() and {path.name for path in out.iterdir()} - before_it:
+        what = "so there is no study to go on with" if resume else "but other files"
+        raise OutputError(f"{out} holds no {STUDY}, {what}; choose another --out")
 
 
 class _Run:

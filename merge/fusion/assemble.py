@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 
 from ..alphas import plan_from_alphas, read_alphas
 from ..blueprint import Blueprint, Output, make_blueprint
-from ..checkpoint import INDEX_FILE, Checkpoint, is_tied
-from ..errors import CheckpointError, PlanError
+from ..checkpoint import INDEX_FILE, Checkpoint, check_unchanged, is_tied
+from ..errors import PlanError
 from ..execute import Progress, execute
 from ..plan import Plan, unit_row
 from ..records import SCHEMA_VERSION, read_json
@@ -241,8 +241,7 @@ def write_assembled(parts: Parts, folder: Path, *, command: str = "", progress: 
         renamed = _renamed(parts, number)
         execute(renamed, folder, decide("cpu"), advance)
         weight_map |= {out.name: shard.file for shard in renamed.shards for out in shard.outputs}
-        if header_hashes(parts.sources[number].checkpoint()) != header_hashes(blueprint.checkpoint):
-            raise CheckpointError(f"{blueprint.checkpoint.folder} was changed while it was read; run again")
+        check_unchanged(blueprint.checkpoint, parts.sources[number].checkpoint())
     new = fuser_tensors(new_fusers(config, parts.seed))
     new |= tables
     save_file(new, folder / FUSERS_FILE, {"format": "pt"})

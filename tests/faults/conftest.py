@@ -1,6 +1,7 @@
-"""A process that has imported everything, for all tests of this folder."""
+"""A process that has imported everything, and what commands work on, for all tests of this folder."""
 
 import pytest
+from faults.commands import write_inputs
 from faults.harness import Warm
 
 
@@ -10,3 +11,11 @@ def warm():
     process = Warm()
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def commands_inputs(tmp_path_factory, tiny_cache):
+    """What `faults.commands.commands` work on."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder, tiny_cache)
+    return folder

@@ -33,24 +33,25 @@ class Warm:
         assert self._answer()["ready"] >= 1
 
     def run(
-        self, script: str, arguments: list, folder: Path, *, stop: tuple[float, int] | None = None, memory: int | None = None,
-        **environment: str,
+        self, script: str, arguments: list, folder: Path, *, stop: tuple[float, int] | None = None,
+        limits: dict[str, object] | None = None, said: Path | None = None, **environment: str,
     ) -> Ended:  # fmt: skip
-        """Runs a script in a folder; `stop` = (after seconds, signal), `memory` in bytes beside that of the imports."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Runs a script in a folder; `stop` = (after seconds, signal), `limits` as in warm.py, `said`: for its output."""
+        said = said or folder.parent
+        for needed in (folder, said):
+            needed.mkdir(parents=True, exist_ok=True)
         for name in ("stdout", "stderr"):
-            (folder.parent / name).write_text("")  # for a child that is stopped before it writes
+            (said / name).write_text("")  # for a child that is stopped before it writes
         started = time.perf_counter()
         asked = {"script": script, "arguments": [*map(str, arguments)], "folder": str(folder), "environment": environment}
-        asked["memory"] = memory
-        child = self._ask(asked)["child"]
+        child = self._ask(asked | {"limits": limits or {}, "said": str(said)})["child"]
         if stop is not None:
             after, number = stop
             time.sleep(max(0.0, after - (time.perf_counter() - started)))
             os.kill(child, number)  # its number is not given to another before it has been waited for
         status = self._ask({"wait": child})["status"]
-        said = [(folder.parent / name).read_text() for name in ("stdout", "stderr")]
-        return Ended(status, *said, time.perf_counter() - started)
+        texts = [(said / name).read_text() for name in ("stdout", "stderr")]
+        return Ended(status, *texts, time.perf_counter() - started)
 
     def close(self) -> None:
         """Ends the process."""

@@ -76,7 +76,7 @@ def attack_checkpoint(seed, inputs, folder, warm):
     kind, expected = damage(work / "model", seed)
     before = content(work)
     arguments = ["--model", "model", "--method", "uniform", "--layers", 1, "--out", "out"]
-    ended = warm.run("merge", arguments, work, memory=MEMORY_BYTES)
+    ended = warm.run("merge", arguments, work, limits={"memory": MEMORY_BYTES})
     what = f"case {seed} ({kind})"
     assert not (work / "executed").exists(), f"{what}: code was run"
     if refuse(ended, [path.name for path in (inputs / "model").iterdir()] + ["model"], what):
@@ -128,7 +128,7 @@ def attack_file(name, seed, inputs, folder, warm):
     kind = damage_text(work / name, seed)
     before = content(work)
     script, arguments = FILES[name]
-    ended = warm.run(script, [name if one == "FILE" else one for one in arguments], work, memory=MEMORY_BYTES)
+    ended = warm.run(script, [name if one == "FILE" else one for one in arguments], work, limits={"memory": MEMORY_BYTES})
     if refuse(ended, [name.rpartition("/")[2], "command line", "model", "out", "anatomy"], f"{name}, case {seed} ({kind})"):
         written = {path: data for path, data in content(work).items() if not path.startswith("r.progress")}
         assert written == before or script == "pipeline", f"{name}, case {seed}: something was written"

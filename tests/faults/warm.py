@@ -1,7 +1,7 @@
 """Starts scripts without their imports: this process has imported everything once and forks a child for each.
 
 So that a signal meets a command at work, and a hundred of them cost seconds. One JSON object per line on stdin: {"script",
-"arguments", "folder", "environment"} answers the child's number; {"wait": number} its status as a shell gives it.
+"arguments", "folder", "environment", "limits"} answers the child's number; {"wait": number} its status as a shell gives it.
 """
 
 import gc
@@ -15,6 +15,9 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
+
+from sabotage import Sabotage, plenty_of_room  # beside this file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 HEAVY = (
@@ -47,25 +50,40 @@ def main() -> None:
             continue
         child = os.fork()
         if child == 0:
-            os._exit(run(**asked))
+            os._exit(run(**asked))  # nothing that this process has open is flushed or closed
         print(json.dumps({"child": child}), flush=True)
 
 
-def run(script: str, arguments: list[str], folder: str, environment: dict[str, str], memory: int | None) -> int:
-    """The script's exit status; what it prints goes to FOLDER/../out and err."""
+def run(
+    script: str, arguments: list[str], folder: str, environment: dict[str, str], limits: dict[str, Any], said: str
+) -> int:  # fmt: skip
+    """The script's exit status; what it prints goes to SAID/stdout and SAID/stderr.
+
+    limits: "memory" (beside the imports) and "file_size" in bytes; "sabotage" as `Sabotage` takes it, whose count goes to
+    SAID/count; "umask"; "room": the disk is said to have plenty.
+    """
     os.setsid()
     importlib.import_module("_checkout")  # what every script imports first; from here on Ctrl-C is one line
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(folder)
-    if memory is not None:
+    if "memory" in limits:
         used = int(re.search(r"VmData:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
-        resource.setrlimit(resource.RLIMIT_DATA, (used + memory, used + memory))
+        resource.setrlimit(resource.RLIMIT_DATA, (used + limits["memory"], used + limits["memory"]))
+    if "file_size" in limits:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits["file_size"], limits["file_size"]))
+    if "umask" in limits:
+        os.umask(limits["umask"])
+    if "room" in limits:
+        plenty_of_room()
     os.environ |= environment
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(folder).parent / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        os.dup2(os.open(Path(said) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
     path = ROOT / "scripts" / f"{script}.py"
     sys.argv = [str(path), *arguments]
     status = 0
+    sabotage = Sabotage(Path(folder), **limits["sabotage"]) if "sabotage" in limits else None
+    if sabotage:
+        sabotage.begin()
     try:
         runpy.run_path(str(path), run_name="__main__")
     except SystemExit as ended:
@@ -75,6 +93,8 @@ def run(script: str, arguments: list[str], folder: str, environment: dict[str, s
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if sabotage:
+        (Path(said) / "count").write_text(str(sabotage.count))
     return status
 
 
