@@ -90,6 +90,7 @@ def work_folder(folder: Path) -> Iterator[None]:
         OutputError: another process uses it, or it cannot be created.
     """
     created_parents = _missing_parents(folder.parent)
+    in_use = f"{folder} is in use by another run; wait for it, or give another --out"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -99,13 +100,17 @@ def work_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OutputError(f"{folder} is in use by another run; wait for it, or give another --out") from error
-        yield
+            raise OutputError(in_use) from error
+        if not os.fstat(lock).st_nlink:  # its last user ended, and removed it, between the two lines above
+            raise OutputError(in_use)
+        try:
+            yield
+        finally:
+            for one in (folder, *created_parents):  # under the lock: nobody else's
+                with suppress(OSError):  # not empty
+                    one.rmdir()
     finally:
         os.close(lock)
-        for one in (folder, *created_parents):
-            with suppress(OSError):  # not empty
-                one.rmdir()
 
 
 def check_target(target: Path, *, overwrite: bool = False, marker: str | None = None) -> None:

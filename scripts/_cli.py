@@ -1,4 +1,4 @@
-"""What all scripts share: options, logging, progress bars, and one line instead of a traceback."""
+"""What all scripts share: options, logging, and one line instead of a traceback."""
 
 import argparse
 import logging
@@ -18,7 +18,7 @@ if not sys.stderr.isatty():
 
 from huggingface_hub.utils import disable_progress_bars
 
-from eval.errors import EvalError
+from eval.errors import EvalError, near
 from merge.errors import MergeError
 from merge.fusion.errors import FusionError
 from merge.source import Source, resolve
@@ -30,9 +30,17 @@ class UsageError(Exception):
     """The options contradict each other; exit status 2."""
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Says in one line what is wrong; argparse would print the whole usage first."""
+        if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+            message += near(unknown[1], self._option_string_actions)
+        self.exit(2, f"{self.prog}: error: {message}; {self.prog} --help lists the options\n")
+
+
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     """An argument parser with examples under --help and the options that every script has."""
-    result = argparse.ArgumentParser(
+    result = _Parser(
         description=description, epilog=f"examples:\n{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     noise = result.add_argument_group("messages (on stderr; results are on stdout)")
@@ -56,24 +64,6 @@ def add_model_options(result: argparse.ArgumentParser, default: str) -> None:
 def find_model(spec: str, arguments: argparse.Namespace, *, headers_only: bool = False) -> Source:
     """The source that --model or its default names."""
     return resolve(spec, revision=arguments.revision, configs=CONFIGS, headers_only=headers_only)
-
-
-def bar(description: str, quiet: bool) -> Callable[[int], Callable[[int], None]]:
-    """A progress bar in bytes on stderr; none where stderr is no terminal or HF_HUB_DISABLE_PROGRESS_BARS is set."""
-
-    def start(total: int) -> Callable[[int], None]:
-        from huggingface_hub.utils import tqdm
-
-        progress = tqdm(total=total, desc=description, unit="B", unit_scale=True, disable=True if quiet else None, leave=False)
-
-        def advance(done: int) -> None:
-            progress.update(done)
-            if progress.n >= total:
-                progress.close()
-
-        return advance
-
-    return start
 
 
 def run(

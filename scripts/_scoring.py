@@ -3,9 +3,7 @@
 import argparse
 import logging
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from _cli import UsageError, find_model
 
@@ -95,15 +93,3 @@ def check_out(arguments: argparse.Namespace, out: Path, *others: Path) -> None:
 def quiet_here(arguments: argparse.Namespace) -> bool:
     """Whether this process shows no bar: asked to be quiet, or not the first of several."""
     return arguments.quiet or int(os.environ.get("RANK", "0")) != 0
-
-
-def counter(description: str, unit: str, total: int, quiet: bool) -> Any:
-    """A progress bar on stderr; none where stderr is no terminal or HF_HUB_DISABLE_PROGRESS_BARS is set."""
-    from huggingface_hub.utils import tqdm
-
-    return tqdm(total=total, desc=description, unit=unit, disable=True if quiet else None, leave=False)
-
-
-def bars(quiet: bool) -> Callable[[str, str, int], Any]:
-    """`counter` as calls that have several bars take it."""
-    return lambda description, unit, total: counter(description, unit, total, quiet)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from _cli import CONFIGS, UsageError, parser, relative, run
-from _scoring import check_positive, counter
+from _progress import counter
+from _scoring import check_positive
 
 
 STUDY = CONFIGS / "arithmetic" / "study.yaml"

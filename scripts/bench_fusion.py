@@ -8,7 +8,8 @@ import logging
 from pathlib import Path
 
 from _cli import CONFIGS, parser, run
-from _scoring import bars, check_positive, quieten
+from _progress import bars
+from _scoring import check_positive, quieten
 
 EXAMPLES = """\
   python scripts/bench_fusion.py --config configs/fusion/bench-tiny.yaml --out runs/bench-tiny   random twins, some minutes

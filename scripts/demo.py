@@ -10,7 +10,8 @@ import importlib.util
 from pathlib import Path
 
 from _checkout import ROOT
-from _cli import bar, parser, relative, run
+from _cli import parser, relative, run
+from _progress import bar
 
 from merge.alphas import plan_from_alphas, read_alphas
 from merge.api import Options, merge_checkpoint

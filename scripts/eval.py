@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, check_out, check_positive, counter, find_source, quiet_here
+from _progress import counter
+from _scoring import add_run_options, check_out, check_positive, find_source, quiet_here
 
 EXAMPLES = """\
   python scripts/eval.py --model OUT --tasks arc_easy,hellaswag,wikitext

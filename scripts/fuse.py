@@ -12,8 +12,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from _cli import CONFIGS, UsageError, bar, parser, publishes, run
-from _scoring import counter
+from _cli import CONFIGS, UsageError, parser, publishes, run
+from _progress import bar, counter
+
 
 EXAMPLES = """\
   python scripts/fuse.py --config configs/fusion/tiny.yaml --out runs/tiny-fused          random twins, a minute on a CPU

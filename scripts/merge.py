@@ -9,7 +9,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from _cli import UsageError, add_model_options, bar, find_model, parser, publishes, relative, run
+from _cli import UsageError, add_model_options, find_model, parser, publishes, relative, run
+from _progress import bar
 
 from merge.alphas import plan_from_alphas, read_alphas
 from merge.api import Options, blueprint_for, merge_checkpoint

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from _cli import CONFIGS, UsageError, add_model_options, parser, relative, run
-from _scoring import bars, check_run
+from _progress import bars
+from _scoring import check_run
 
 from eval.pipeline.settings import CONTROLS, PARTS, absolute, make_settings, merged, read_settings
 from merge.runtime import DTYPES

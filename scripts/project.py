@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import CONFIGS, UsageError, parser, publishes, run
-from _scoring import add_run_options, bars, check_positive, check_run
+from _progress import bars
+from _scoring import add_run_options, check_positive, check_run
 
 if TYPE_CHECKING:
     from merge.fusion.projection import HeldOut

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from _cli import UsageError, add_model_options, parser, run
-from _scoring import add_run_options, add_text_options, bars, check_positive, find_source, has_text, read_texts
+from _progress import bars
+from _scoring import add_run_options, add_text_options, check_positive, find_source, has_text, read_texts
 
 from eval.mmlu import SUBJECTS, read_mmlu
 from merge.alphas import Alphas, alphas_to_dict

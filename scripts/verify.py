@@ -6,7 +6,8 @@ import argparse
 import time
 from pathlib import Path
 
-from _cli import add_model_options, bar, find_model, parser, run
+from _cli import add_model_options, find_model, parser, run
+from _progress import bar
 
 from merge.report import read_source_record
 from merge.verify import verify_folder

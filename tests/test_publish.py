@@ -10,7 +10,7 @@ from tiny import ROOT
 
 from merge import publish
 from merge.errors import OutputError
-from merge.publish import new_folder
+from merge.publish import new_folder, work_folder
 
 
 def build(target, text="new", **options):
@@ -183,4 +183,19 @@ def test_a_file_that_cannot_be_flushed_does_not_appear(tmp_path, monkeypatch):
     monkeypatch.setattr(publish.os, "fsync", fsync)
     with pytest.raises(OSError, match="Input/output"):
         publish.write_whole(tmp_path / "a", "text")
+    assert names(tmp_path) == []
+
+
+def test_a_run_that_is_refused_removes_nothing(tmp_path):
+    """A second run of the same name comes while the first has written nothing yet."""
+    with work_folder(tmp_path / "a" / "run"):
+        with pytest.raises(OutputError, match="in use by another run"), work_folder(tmp_path / "a" / "run"):
+            pass
+        (tmp_path / "a" / "run" / "file").write_text("x")
+    assert names(tmp_path / "a" / "run") == ["file"]
+
+
+def test_a_folder_to_work_in_vanishes_where_it_stays_empty(tmp_path):
+    with work_folder(tmp_path / "a" / "run"):
+        pass
     assert names(tmp_path) == []

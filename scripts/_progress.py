@@ -1,0 +1,86 @@
+"""How far long work is: a bar on a terminal; elsewhere (a log, a queue, nohup) a line a minute."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+EVERY_S = 60.0
+GIGA = 1e9
+
+
+def counter(description: str, unit: str, total: float, quiet: bool) -> Any:
+    """Something that advances by `update`, on stderr; silent if asked, or where HF_HUB_DISABLE_PROGRESS_BARS is set."""
+    if not sys.stderr.isatty():
+        silent = quiet or os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in {"1", "ON", "YES", "TRUE"}
+        return Lines(description, unit, total, float("inf") if silent else EVERY_S)
+    from huggingface_hub.utils import tqdm
+
+    how = {"unit": "B", "unit_scale": True} if unit == "byte" else {"unit": unit}
+    return tqdm(total=total, desc=description, disable=True if quiet else None, leave=False, **how)
+
+
+def bars(quiet: bool) -> Callable[[str, str, int], Any]:
+    """`counter` as calls that have several bars take it."""
+    return lambda description, unit, total: counter(description, unit, total, quiet)
+
+
+def bar(description: str, quiet: bool) -> Callable[[int], Callable[[int], None]]:
+    """`counter` of bytes as calls take it that say how many there are when they begin."""
+
+    def start(total: int) -> Callable[[int], None]:
+        progress = counter(description, "byte", total, quiet)
+
+        def advance(done: int) -> None:
+            progress.update(done)
+            if progress.n >= total:
+                progress.close()
+
+        return advance
+
+    return start
+
+
+class Lines:
+    """What stands for a bar where there is no terminal: nothing for work of less than `every_s`, then a line that often."""
+
+    def __init__(
+        self, description: str, unit: str, total: float, every_s: float = EVERY_S, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.description, self.unit, self.every_s, self.clock = description, unit, every_s, clock
+        self.n, self.said = 0.0, ""
+        self.reset(total)
+
+    def reset(self, total: float) -> None:
+        """Begins again, with that much to do."""
+        self.total, self.n = total, 0.0
+        self.begun = self.told = self.clock()
+
+    def update(self, n: float = 1) -> None:
+        """Advances by n."""
+        self.n += n
+        now = self.clock()
+        if now - self.told < self.every_s or self.n >= self.total:
+            return
+        self.told = now
+        left = (now - self.begun) * (self.total - self.n) / self.n / 60 if self.n else 0.0
+        many = f"{self.n:,.0f} of {self.total:,.0f} {self.unit}s"
+        if self.unit == "byte":
+            many = f"{self.n / GIGA:.1f} of {self.total / GIGA:.1f} GB"
+        about = f"about {left:,.0f} minutes left" if left >= 1 else "less than a minute left"
+        print(f"{self.description}: {', '.join(filter(None, (many, self.said, about)))}", file=sys.stderr, flush=True)
+
+    def set_postfix_str(self, s: str) -> None:
+        """Says something behind the numbers."""
+        self.said = s
+
+    def close(self) -> None:
+        """Ends it; nothing is said."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()

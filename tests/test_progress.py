@@ -1,0 +1,55 @@
+"""What long work says where there is no terminal."""
+
+import pytest
+from _progress import Lines, counter
+
+
+@pytest.fixture
+def clock():
+    """A clock that is set by hand."""
+
+    class Clock:
+        now = 100.0
+
+        def __call__(self):
+            return self.now
+
+    return Clock()
+
+
+def test_a_line_a_minute(clock, capsys):
+    bar = Lines("MMLU", "question", 1200, 60.0, clock)
+    for _ in range(11):
+        clock.now += 12
+        bar.update(50)
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "MMLU: 250 of 1,200 questions, about 4 minutes left",
+        "MMLU: 500 of 1,200 questions, about 3 minutes left",
+    ]
+
+
+def test_short_work_and_the_end_of_long_work_say_nothing(clock, capsys):
+    with Lines("x", "trial", 2, 60.0, clock) as bar:
+        clock.now += 59
+        bar.update(1)
+        clock.now += 1000
+        bar.update(1)
+    assert capsys.readouterr().err == ""
+
+
+def test_bytes_and_what_is_said_behind(clock, capsys):
+    bar = Lines("merging", "byte", 0, 60.0, clock)
+    bar.reset(16_000_000_000)
+    bar.set_postfix_str("shard 2")
+    clock.now += 90
+    bar.update(15_900_000_000)
+    assert capsys.readouterr().err == "merging: 15.9 of 16.0 GB, shard 2, less than a minute left\n"
+
+
+def test_silent_where_it_is_asked(monkeypatch):
+    monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
+    assert counter("x", "trial", 2, quiet=False).every_s == 60
+    assert counter("x", "trial", 2, quiet=True).every_s == float("inf")
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    assert counter("x", "trial", 2, quiet=False).every_s == float("inf")
