@@ -27,6 +27,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.cfg constraints.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV), which takes some minutes"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
 	touch $@
 

@@ -80,8 +80,13 @@ def run(
     arguments = result.parse_args()
     arguments.stopped = stopped
     try:
-        _prepare(arguments)
-        sys.exit(main(arguments) or 0)
+        try:
+            _prepare(arguments)
+            sys.exit(main(arguments) or 0)
+        except Exception as error:
+            if stop := _interruption(error):
+                raise stop from None
+            raise
     except UsageError as error:
         result.error(str(error))
     except (MergeError, EvalError, FusionError) as error:
@@ -100,6 +105,13 @@ def run(
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         _end(arguments, f"error: {where}{error.strerror or _one_line(error)}{_but_whole(arguments)}", 1)
+
+
+def _interruption(error: BaseException | None) -> BaseException | None:
+    """Ctrl-C or SIGTERM that came first, where the clean-up of a library ended in an error of its own, as Optuna's may."""
+    while error is not None and not isinstance(error, (KeyboardInterrupt, _TerminatedError)):
+        error = error.__context__
+    return error
 
 
 def publishes(arguments: argparse.Namespace, out: Path) -> None:

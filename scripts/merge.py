@@ -51,7 +51,7 @@ def options() -> argparse.ArgumentParser:
     )
     add_model_options(result, "what the alphas or plan name")
     out = result.add_argument_group("output")
-    out.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: merged/MODEL-NAME)")
+    out.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: merged/MODEL-ALPHAS)")
     out.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as the source (default)")
     out.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1; same arithmetic everywhere (default: auto, which is cpu)"

@@ -1,0 +1,44 @@
+"""How scripts end: what `_cli.run` makes of what comes out of `main`."""
+
+import os
+import signal
+
+import pytest
+from _cli import parser, run
+
+
+@pytest.fixture(autouse=True)
+def no_options(monkeypatch):
+    """No command line; signals as they were afterwards."""
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_library_that_fails_while_it_is_stopped(number, status, capsys):
+    """The person asked for the end; what a clean-up says of itself is not it."""
+
+    def main(arguments):
+        try:
+            os.kill(os.getpid(), number)
+            signal.pause()
+        finally:
+            raise UnboundLocalError("updated_state")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main, parser("x", "  x"), "stopped; nothing was written")
+    assert ended.value.code == status
+    assert capsys.readouterr().err == "stopped; nothing was written\n"
+
+
+def test_an_error_that_nobody_foresaw_is_a_traceback():
+    """One line would hide a defect."""
+
+    def main(arguments):
+        raise UnboundLocalError("updated_state")
+
+    with pytest.raises(UnboundLocalError):
+        run(main, parser("x", "  x"))
