@@ -16,6 +16,8 @@ import numpy.typing as npt
 import torch
 from lm_eval.tasks import TaskManager
 
+from merge.records import why_not_read
+
 from .errors import DataError, EvalError, near, short
 from .lm import PrefixLM, Request, Work
 from .mmlu import Subject, check_examples, quick_and_quiet, task_config, tasks
@@ -165,7 +167,9 @@ def plain_text(path: Path | None) -> str:
     if path is not None:
         try:
             return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {why_not_read(path, error)}") from error
+        except UnicodeDecodeError as error:
             raise DataError(f"{path} cannot be read as text: {error}") from error
     datasets = importlib.import_module("datasets")
     try:

@@ -232,7 +232,13 @@ class Removal:
 
 @torch.inference_mode()
 def greedy_removal(
-    tail: Tail, windows: Sequence[Sequence[int]], layers: int, done: Callable[[int], object] = lambda trials: None
+    tail: Tail,
+    windows: Sequence[Sequence[int]],
+    layers: int,
+    done: Callable[[int], object] = lambda trials: None,
+    *,
+    begun: Sequence[Removal] = (),
+    chosen: Callable[[list[Removal]], object] = lambda removed: None,
 ) -> list[Removal]:
     """Removes `layers` layers one by one, each time the one without which a text is most probable (SLEB, arXiv 2402.09025).
 
@@ -241,11 +247,13 @@ def greedy_removal(
     Args:
         windows: the text as token ids, as `objective.text_windows` cuts it.
         done: called with the number of trials just made.
+        begun: what an earlier call removed by the same text, to go on from.
+        chosen: called with all that is removed after each layer.
     """
     (text,) = capture_text(tail, windows, 0)
-    kept = list(range(len(tail.layers)))
+    removed = list(begun)
+    kept = [layer for layer in range(len(tail.layers)) if layer not in {one.layer for one in removed}]
     entering = [text.states]
-    removed: list[Removal] = []
 
     def fill(first: int) -> None:
         """Recomputes what enters the layers after position `first`."""
@@ -259,7 +267,7 @@ def greedy_removal(
         return float(-tail.logprobs(hidden[text.rows], text.targets).mean())
 
     fill(0)
-    for _ in range(layers):
+    for _ in range(layers - len(removed)):
         found = []
         for position in range(len(kept)):
             found.append(nll(position))
@@ -271,6 +279,7 @@ def greedy_removal(
             entering.pop()
         else:
             fill(best)
+        chosen(removed)
     return removed
 
 

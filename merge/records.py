@@ -30,7 +30,17 @@ def read_json(path: Path, *, max_bytes: int = 100_000_000) -> Any:
             raise RecordError(f"{path} has {path.stat().st_size:,} bytes; expected a JSON file below {max_bytes:,}")
         return parse_json(path.read_bytes(), str(path))
     except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise RecordError(f"{path} cannot be read: {why_not_read(path, error)}") from error
+
+
+def why_not_read(path: Path, error: OSError) -> str:
+    """Why a file or folder cannot be read, as the end of a message; of one that is not there, what may have been meant."""
+    if not isinstance(error, FileNotFoundError):
+        return error.strerror or str(error)
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    near = difflib.get_close_matches(path.name, [one.name for one in path.parent.iterdir()], n=3)
+    return "no such file or folder" + (f"; did you mean {', '.join(str(path.parent / name) for name in near)}?" if near else "")
 
 
 def parse_json(text: bytes | str, where: str) -> Any:
@@ -82,7 +92,7 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise RecordError(f"{path} cannot be read: {why_not_read(path, error)}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import RecordError
-from .records import SCHEMA_VERSION, Fields, named, read_json
+from .records import SCHEMA_VERSION, Fields, named, read_json, why_not_read
 
 PLAN_FILE = "plan.json"
 REPORT_FILE = "report.json"
@@ -95,6 +95,8 @@ def read_source_record(folder: Path) -> tuple[SourceRecord, str]:
     """
     path = folder / REPORT_FILE
     if not path.is_file():
+        if not folder.exists():
+            raise RecordError(f"{folder} cannot be read: {why_not_read(folder, FileNotFoundError())}")
         raise RecordError(f"{folder} has no {REPORT_FILE}; expected an output of scripts/merge.py")
     data: Any = read_json(path)
     fields = Fields("report")

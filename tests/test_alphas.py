@@ -118,5 +118,15 @@ def test_wrong_layer_count_for_the_model():
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(RecordError, match="cannot be read: No such file"):
+    with pytest.raises(RecordError, match=r"none\.json cannot be read: no such file or folder$"):
         read_alphas(tmp_path / "none.json")
+    (tmp_path / "base.json").write_text("{}")
+    with pytest.raises(
+        RecordError, match=rf"bas\.json cannot be read: no such file or folder; did you mean {tmp_path}/base\.json\?"
+    ):
+        read_alphas(tmp_path / "bas.json")
+    with pytest.raises(RecordError, match=rf"there is no folder {tmp_path}/none"):
+        read_alphas(tmp_path / "none" / "base.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(RecordError, match="Is a directory"):
+        read_alphas(tmp_path / "folder.json")

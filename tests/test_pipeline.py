@@ -222,6 +222,35 @@ def test_a_stopped_study_goes_on(calls, small, done, tmp_path, monkeypatch):
     assert all(after[path] == time for path, time in before.items())
 
 
+def test_a_greedy_choice_goes_on_from_its_last_step(small, tmp_path, monkeypatch):
+    steps = [{"into": 4, "remove": 5, "alpha": 0.5}, {"into": 3, "remove": 4, "alpha": 0.5}]
+    alphas = {"schema_version": 1, "name": "two", "steps": steps, "num_hidden_layers": LAYERS}
+    (tmp_path / "two.json").write_text(json.dumps(alphas))
+    settings = settings_of(small, merges=[str(tmp_path / "two.json")], skip=["mmlu", "cloze", "speed", "generation"])
+    assert run_study(settings, tmp_path / "whole") == {}
+    whole, begun = pipeline.greedy_removal, []
+
+    def stopping(tail, windows, layers, done, *, begun, chosen):
+        def once(removed):
+            chosen(removed)
+            raise KeyboardInterrupt
+
+        return whole(tail, windows, layers, done, begun=begun, chosen=once)
+
+    def telling(tail, windows, layers, done, **how):
+        begun.append(len(how["begun"]))
+        return whole(tail, windows, layers, done, **how)
+
+    monkeypatch.setattr(pipeline, "greedy_removal", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(settings, tmp_path / "stopped")
+    monkeypatch.setattr(pipeline, "greedy_removal", telling)
+    run_study(settings, tmp_path / "stopped", resume=True)
+    assert begun == [1]
+    one, two = (json.loads((tmp_path / name / "study.json").read_text()) for name in ("whole", "stopped"))
+    assert (one["greedy"], one["layers"]) == (two["greedy"], two["layers"])
+
+
 def test_finished_subjects_of_a_stopped_study_are_kept(small, done, tmp_path, monkeypatch):
     out = tmp_path / "stopped"
     asked = []
@@ -564,7 +593,7 @@ def test_folders_that_are_in_use(small, done, tmp_path):
             run_study(settings_of(small), tmp_path / "else", resume=resume)
     with pytest.raises(DataError, match=r"holds no study\.json"):
         read_study(tmp_path / "else")
-    with pytest.raises(DataError, match="cannot be read as text"):
+    with pytest.raises(DataError, match=r"none\.txt cannot be read"):
         run_study(settings_of(small, text={"file": str(tmp_path / "none.txt")}), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
@@ -617,5 +646,5 @@ def test_bad_usage(arguments, status, said, run):  # noqa: F811
 
 def test_no_study_no_report(run):  # noqa: F811
     done = run("report", "nothing", status=1)
-    assert done.stderr.strip() == "error: nothing holds no study.json; expected the output of scripts/pipeline.py"
+    assert done.stderr.strip() == "error: nothing cannot be read: no such file or folder"
     assert CONFIGS.is_dir()

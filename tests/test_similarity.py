@@ -354,7 +354,13 @@ def test_greedy_removal_is_brute_force(tiny_cache):
     lm = PrefixLM(str(source.folder), dtype="float32", device="cpu", self_check=False)
     text = "Some plain text that is long enough for three windows, and then a little more of it."
     windows = text_windows(lm, text, [75, 0, 0], 25)["search"]
-    found = greedy_removal(Tail(lm), windows, 2)
+    steps = []
+    found = greedy_removal(Tail(lm), windows, 3, chosen=lambda removed: steps.append(list(removed)))
+    assert steps == [found[:1], found[:2], found]
+    trials = []
+    assert greedy_removal(Tail(lm), windows, 3, trials.append, begun=found[:1]) == found
+    layers = source.checkpoint().num_hidden_layers
+    assert sum(trials) == (layers - 1) + (layers - 2)
     model, kept = load(source.folder), list(range(source.checkpoint().num_hidden_layers))
     for one in found:
         losses = {}

@@ -257,25 +257,27 @@ class _Run:
         return failed
 
     def _choose(self, merges: Sequence[Arm], model: "_Model") -> None:
-        """Greedy removal as deep as the deepest merge; kept as a part."""
+        """Greedy removal as deep as the deepest merge; every step is kept."""
         layers = self.source.checkpoint().num_hidden_layers
         deepest = max((layers - len(arm.plan.rows) for arm in merges if arm.plan), default=0)
         if "drop-greedy" not in self.settings.controls or self.data.text is None or deepest < 1:
             return
         inputs = {**self.base, **self.run_in, "text": self._text_inputs(), "layers": deepest}
         kept = Kept(self.out)
-        found = kept.get("greedy", inputs)
-        if found is None:
-            lm = model.load()
-            _, chosen = parts.split_text(lm, self.data.text, self.settings.text)
-            windows = [chosen[i : i + TEXT_WINDOW] for i in range(0, len(chosen), TEXT_WINDOW)]
-            tail = Tail(lm)
-            trials = sum(layers - step for step in range(deepest))
-            with self.bars("choosing layers to drop", "trial", trials) as bar:
-                removed = greedy_removal(tail, [one for one in windows if len(one) > 1], deepest, bar.update)
-            found = {"removed": [[one.layer, one.nll, sorted(one.tried.items())] for one in removed]}
-            kept.put("greedy", inputs, found)
+
+        def keep(removed: list[Removal]) -> None:
+            kept.put("greedy", inputs, {"removed": [[one.layer, one.nll, sorted(one.tried.items())] for one in removed]})
+
+        found = kept.get("greedy", inputs) or {"removed": []}
         self.greedy = [Removal(layer, nll, {int(k): v for k, v in tried}) for layer, nll, tried in found["removed"]]
+        if len(self.greedy) < deepest:
+            lm = model.load()
+            _, text = parts.split_text(lm, self.data.text, self.settings.text)
+            windows = [text[i : i + TEXT_WINDOW] for i in range(0, len(text), TEXT_WINDOW)]
+            trials = sum(layers - step for step in range(len(self.greedy), deepest))
+            with self.bars("choosing layers to drop", "trial", trials) as bar:
+                windows = [one for one in windows if len(one) > 1]
+                self.greedy = greedy_removal(Tail(lm), windows, deepest, bar.update, begun=self.greedy, chosen=keep)
 
     def _arm(self, arm: Arm, model: "_Model") -> None:
         """Makes, verifies and measures one model, and writes its results."""

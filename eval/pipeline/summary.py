@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from merge.records import read_json
+from merge.records import read_json, why_not_read
 
 from ..bits import Bits, difference
 from ..compare import SIGNIFICANT, Difference, differences, overall
@@ -105,6 +105,8 @@ def read_study(folder: Path) -> Study:
     """
     path = folder / STUDY
     if not path.is_file():
+        if not folder.exists():
+            raise DataError(f"{folder} cannot be read: {why_not_read(folder, FileNotFoundError())}")
         raise DataError(f"{folder} holds no {STUDY}; expected the output of scripts/pipeline.py")
     record = read_json(path)
     if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION or not set(KEYS) <= set(record):
