@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from merge.errors import OutputError
 from merge.publish import write_whole
 
 from .errors import DataError
@@ -52,14 +53,14 @@ class Progress:
         """Keeps the answers of a finished subject.
 
         Raises:
-            DataError: they cannot be written.
+            OutputError: they cannot be written.
         """
         self.finished[subject] = list(answers)
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(self._line(subject) + "\n")
         except OSError as error:
-            raise DataError(f"{self.path} cannot be written: {error.strerror or error}; give --resume to go on") from error
+            raise OutputError(f"{self.path} cannot be written: {error.strerror or error}; give --resume to go on") from error
 
     def remove(self) -> None:
         """The results are written; nothing is under way any more."""

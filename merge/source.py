@@ -20,7 +20,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from .checkpoint import INDEX_FILE, Checkpoint, ShardFile, Tensor, read_checkpoint
-from .errors import CheckpointError, ModelNotFoundError
+from .errors import CheckpointError, ModelNotFoundError, OutputError
 from .publish import new_folder
 from .tiny import PREFIX, tiny_folder
 
@@ -135,8 +135,11 @@ def convert_gguf(path: Path, cache: Path) -> Path:
             raise CheckpointError(
                 f"{path} cannot be converted: {' '.join(str(error).split())[:300] or type(error).__name__}"
             ) from error
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        try:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        except Exception as error:  # of Rust: a full disk is an Exception to it, and nothing else
+            raise OutputError(f"{folder} cannot be written: {error}") from error
     return folder
 
 

@@ -19,9 +19,10 @@ import gc
 import json
 import logging
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256 as sha256_of
@@ -545,7 +546,7 @@ def _device_name(placement: Placement) -> str:
 def _log_to(path: Path) -> Any:
     """Inside, what is done is also written to a file, with times."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     loggers = [logging.getLogger(name) for name in ("eval", "merge")]
     levels = [one.level for one in loggers]
@@ -564,4 +565,14 @@ def _log_to(path: Path) -> Any:
             one.removeHandler(handler)
         for other, level in zip(logging.getLogger().handlers, quiet, strict=True):
             other.setLevel(level)
-        handler.close()
+        with suppress(OSError):  # every line was flushed; what could not be was an error
+            handler.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the name is logging's
+        """Ends the study; logging would print a traceback for every line and go on."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        raise OutputError(f"{self.baseFilename} cannot be written: {error.strerror or error}") from error
