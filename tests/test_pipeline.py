@@ -17,11 +17,12 @@ from eval.errors import DataError, ScoreError
 from eval.evaluation import evaluate_mmlu
 from eval.load import load_model
 from eval.mmlu import read_mmlu
+from eval.pipeline import charts
 from eval.pipeline.arms import make_arms, read_merges
 from eval.pipeline.report import page, text_table, write_report
 from eval.pipeline.run import run_study
 from eval.pipeline.settings import CONTROLS, Settings, make_settings, merged, read_settings
-from eval.pipeline.summary import Model, Study, answer, compare, read_study, table_rows, verdicts
+from eval.pipeline.summary import Model, Study, answer, compare, read_study, table_rows, to_json, verdicts
 from eval.results import Answer, read_results, summary
 from eval.run import text_perplexity
 from eval.speed import measure_speed
@@ -433,6 +434,29 @@ def test_the_original_by_chance_is_said():
         planted("original", "original", [True] * 50 + [False] * 150, LOW, 6), planted("m", "merge", GOOD, LOW)
     )
     assert any("no better than by chance" in line for line in answer(study, verdicts(study)))
+
+
+def test_one_window_of_text_gives_no_interval():
+    models = [planted("m", "merge", GOOD, LOW[:1]), planted("d", "drop-last", BAD, HIGH[:1])]
+    study = planted_study(*models)
+    found = {one.measure: one for one in verdicts(study)}
+    assert (found["mmlu"].outcome, found["text"].outcome) == ("better", "not shown")  # text takes nothing from MMLU
+    said = answer(study, list(found.values()))
+    assert "On text: nothing can be said, there is too little text (1 window) to give an interval." in said
+    assert "NaN" not in to_json(study)
+    assert charts.differences([found["text"].nearest], "text") is None
+
+
+def test_too_short_a_text_is_said_at_the_start_and_in_the_report(small, tmp_path, caplog):
+    text = {"tokens": 300, "choose_tokens": 64}  # of a model that reads 512 at a time
+    settings = settings_of(small, merges=[str(small / "top.json")], controls=["drop-last"], text=text)
+    run_study(replace(settings, skip=("mmlu", "cloze", "generation", "speed")), tmp_path / "out")
+    assert [one.getMessage() for one in caplog.records if one.name == pipeline.__name__] == [
+        "the text to measure is 1 window of 512 tokens: too little to compare models by; give a longer --text"
+    ]
+    shown = page(read_study(tmp_path / "out"))
+    assert "too little text (1 window)" in shown
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", shown, flags=re.DOTALL)
 
 
 def test_differences_have_the_sign_of_the_model():

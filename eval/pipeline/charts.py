@@ -65,7 +65,8 @@ def overview(models: Sequence[dict[str, Any]]) -> str | None:
 
 
 def differences(comparisons: Sequence[Comparison], measure: str) -> str | None:
-    """Merges less their controls on one measurement, with 95 % intervals."""
+    """Merges less their controls on one measurement, with 95 % intervals; what has none is left out."""
+    comparisons = [one for one in comparisons if one.has_interval]
     if not comparisons:
         return None
     name, unit, more = MEASURES[measure]

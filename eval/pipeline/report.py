@@ -25,6 +25,7 @@ from .summary import (
     drops_at,
     mmlu_differences,
     table_rows,
+    too_little,
     verdicts,
 )
 
@@ -49,7 +50,7 @@ def page(study: Study) -> str:
     """The page as text."""
     source = importlib.resources.files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": _number, "share": _share, "signed": _signed, "size": _size}
+    environment.filters |= {"number": _number, "share": _share, "signed": _signed, "size": _size, "interval": _interval}
     found = verdicts(study)
     rows = table_rows(study)
     said = answer(study, found)
@@ -233,6 +234,10 @@ def _share(score: dict[str, Any] | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.3g}"
+
+
+def _interval(one: Comparison) -> str:
+    return f"{_signed(one.low)} to {_signed(one.high)}" if one.has_interval else too_little(one)
 
 
 def _size(value: float) -> str:

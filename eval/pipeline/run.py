@@ -51,7 +51,7 @@ from ..load import load_model, stored_dtype
 from ..mmlu import Subject, num_questions, partial, question_set, read_mmlu
 from ..progress import Progress
 from ..results import Answer, question_text, summary, write_results
-from ..run import TEXT_WINDOW, ask, plain_text, task_version
+from ..run import TEXT_WINDOW, ask, first_tokens, plain_text, task_version
 from ..search import Removal, greedy_removal
 from ..trial import Tail
 from . import parts
@@ -62,6 +62,7 @@ log = logging.getLogger(__name__)
 
 STUDY, GREEDY, RESULTS, LOG, CHECKPOINT = "study.json", "greedy.json", "results.json", "log.txt", "checkpoint"
 SCHEMA_VERSION = 1
+FEW_WINDOWS = 5  # fewer windows of text hardly tell two models apart
 HASHED_BYTES = 50_000_000  # files up to this size are known by their content, larger ones by header, size and time of change
 
 
@@ -227,6 +228,7 @@ class _Run:
         }
         self.run_in = {"dtype": self.placement.dtype, "device": _device_name(self.placement)}
         self.greedy: list[Removal] = []
+        self.text_looked_at = False
 
     def run(self, merges: Sequence[Arm]) -> dict[str, str]:
         """Every arm in turn; the original first, since greedy removal needs it."""
@@ -279,6 +281,20 @@ class _Run:
             with self.bars("choosing layers to drop", "trial", trials) as bar:
                 windows = [one for one in windows if len(one) > 1]
                 self.greedy = greedy_removal(Tail(lm), windows, deepest, bar.update, begun=self.greedy, chosen=keep)
+
+    def warn_of_short_text(self, lm: PrefixLM) -> None:
+        """Said once, before anything is measured: the first model that is loaded brings the tokenizer that counts."""
+        how, window = self.settings.text, min(TEXT_WINDOW, lm.max_length)
+        if self.text_looked_at or self.data.text is None:
+            return
+        self.text_looked_at = True
+        there = len(first_tokens(lm, self.data.text, FEW_WINDOWS * window + how.choose_tokens)) - how.choose_tokens
+        windows = -(-(min(there, how.tokens or there) - 1) // window)  # one token alone predicts nothing
+        if 0 < windows < FEW_WINDOWS:
+            log.warning(
+                "the text to measure is %d window%s of %d tokens: too little to compare models by; give a longer --text",
+                windows, "s" * (windows != 1), window,
+            )  # fmt: skip
 
     def _arm(self, arm: Arm, model: "_Model") -> None:
         """Makes, verifies and measures one model, and writes its results."""
@@ -489,6 +505,7 @@ class _Model:
             self.lm, _ = load_model(
                 source.checkpoint(), settings.device, self.run.placement.dtype, batch_size=settings.batch_size
             )
+            self.run.warn_of_short_text(self.lm)
         return self.lm
 
     def free(self) -> None:

@@ -66,7 +66,10 @@ class Study:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`model` less `other` on one measurement, in its unit, with a 95 % interval; p two-sided."""
+    """`model` less `other` on one measurement, in its unit, with a 95 % interval; p two-sided.
+
+    count: of questions, windows of text or passages; for one window of text there is no interval, and p is 1.
+    """
 
     measure: str
     model: str
@@ -75,6 +78,12 @@ class Comparison:
     low: float
     high: float
     p_value: float
+    count: int
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there was enough to give one."""
+        return not math.isnan(self.low)
 
     @property
     def better(self) -> bool:
@@ -135,11 +144,11 @@ def compare(model: Model, other: Model, measure: str) -> Comparison | None:
     if measure == "text":
         found = difference(_bits(one), _bits(two))
         spread = abs(found.value) / found.stderr if found.stderr else math.inf if found.value else 0.0
-        p_value = float(2 * student.sf(spread, max(1, found.count - 1)))
-        return Comparison(measure, model.name, other.name, found.value, found.low, found.high, p_value)
+        p_value = 1.0 if math.isnan(spread) else float(2 * student.sf(spread, max(1, found.count - 1)))
+        return Comparison(measure, model.name, other.name, found.value, found.low, found.high, p_value, found.count)
     test = overall(other.answers, model.answers) if measure == "mmlu" else _cloze(one, two)
     return Comparison(
-        measure, model.name, other.name, 100 * test.difference, 100 * test.low, 100 * test.high, test.p_value
+        measure, model.name, other.name, 100 * test.difference, 100 * test.low, 100 * test.high, test.p_value, test.count
     )  # fmt: skip
 
 
@@ -197,6 +206,9 @@ def answer(study: Study, found: Sequence[Verdict]) -> list[str]:
         if not here:
             continue
         name = MEASURES[measure][0]
+        if not here[0].nearest.has_interval:  # all models read the same text
+            lines.append(f"On {name}: nothing can be said, there is {too_little(here[0].nearest)} to give an interval.")
+            continue
         better = [one.model for one in here if one.outcome == "better"]
         worse = [one.model for one in here if one.outcome == "worse"]
         unclear = [one.model for one in here if one.outcome == "not shown"]
@@ -211,6 +223,11 @@ def answer(study: Study, found: Sequence[Verdict]) -> list[str]:
     won = sorted({MEASURES[one.measure][0] for one in found if one.outcome == "better"})
     no = "No: no merge is shown to beat simply dropping layers, on anything measured."
     return [f"Yes, on {' and '.join(won)}." if won else no, *lines, *_cautions(study)]
+
+
+def too_little(one: Comparison) -> str:
+    """Why a comparison has no interval."""
+    return f"too little {MEASURES[one.measure][0]} ({one.count} window{'s' * (one.count != 1)})"
 
 
 def table_rows(study: Study) -> list[dict[str, Any]]:
@@ -247,13 +264,16 @@ def to_json(study: Study) -> str:
         {
             "answer": answer(study, found),
             "verdicts": [
-                {"measure": v.measure, "model": v.model, "outcome": v.outcome, "p_value": v.p_value, "nearest": vars(v.nearest)}
+                {
+                    "measure": v.measure, "model": v.model, "outcome": v.outcome, "p_value": v.p_value,
+                    "nearest": {key: _none(value) for key, value in vars(v.nearest).items()},
+                }
                 for v in found
             ],
             "models": table_rows(study),
         },
         indent=2,
-    )
+    )  # fmt: skip
 
 
 def _cautions(study: Study) -> list[str]:
@@ -304,9 +324,9 @@ def _perplexity_interval(text: dict[str, Any]) -> tuple[float, float] | None:
     return None if math.isnan(found.stderr) else (perplexity(found.low), perplexity(found.high))
 
 
-def _none(value: float) -> float | None:
+def _none(value: Any) -> Any:
     """JSON has no nan."""
-    return None if math.isnan(value) else value
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _names(names: Sequence[str]) -> str:
