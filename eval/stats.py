@@ -52,6 +52,12 @@ def mean(values: npt.ArrayLike, block: int = 1) -> Mean:
     return Mean(value, value - half, value + half, error, len(found), block)
 
 
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """95 % interval of a share by Wilson's score: within 0 and 1, and of some width also where all or none are right."""
+    interval = _scipy_stats().binomtest(right, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def perplexity(nll: float) -> float:
     """exp of a mean negative log-likelihood in nats, as large as a float gets."""
     return math.exp(min(nll, MAX_NLL))

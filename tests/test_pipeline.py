@@ -429,11 +429,22 @@ def test_many_merges_without_a_difference_are_not_called_better():
     assert claims <= 20  # three standard errors above 5 %
 
 
-def test_the_original_by_chance_is_said():
-    study = planted_study(
-        planted("original", "original", [True] * 50 + [False] * 150, LOW, 6), planted("m", "merge", GOOD, LOW)
-    )
-    assert any("no better than by chance" in line for line in answer(study, verdicts(study)))
+@pytest.mark.parametrize(
+    ("right", "count", "said"),
+    [
+        (50, 200, "200 questions cannot tell the original itself from chance (accuracy 0.250 [0.195, 0.314])"),
+        (2, 3, "3 questions cannot tell the original itself from chance (accuracy 0.667 [0.208, 0.939])"),
+        (0, 1, "1 question cannot tell the original itself from chance"),
+        (20, 200, "The original itself is worse than chance on 200 questions of MMLU"),
+        (180, 200, None),
+    ],
+)
+def test_what_questions_say_of_the_original_is_no_more_than_they_show(right, count, said):
+    original = planted("original", "original", [True] * right + [False] * (count - right), LOW, 6)
+    study = planted_study(original, planted("m", "merge", GOOD, LOW))
+    found = [line for line in answer(study, verdicts(study)) if "chance" in line]
+    assert len(found) == (said is not None)
+    assert said is None or found[0].startswith(said)
 
 
 def test_one_window_of_text_gives_no_interval():

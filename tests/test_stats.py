@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
-from eval.stats import holm, mcnemar, mean, paired, stderr
+from eval.stats import holm, mcnemar, mean, paired, stderr, wilson
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=50))
@@ -25,6 +25,17 @@ def test_means_interval_is_students():
     assert (blocks.low, blocks.high, blocks.count) == pytest.approx((expected.low, expected.high, 512))
     assert mean(np.repeat(values, 8)).stderr < 0.5 * found.stderr  # what treating them as independent would claim
     assert math.isnan(mean([1.0, 2.0, 3.0], block=2).low)
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 3), (3, 3), (2, 3), (60, 200)])
+def test_wilson_by_hand(right, count):
+    """The shares whose distance from the one found is 1.96 standard errors of their own."""
+    share, z = right / count, 1.959964
+    for bound in wilson(right, count):
+        assert 0.0 <= bound <= 1.0
+        assert abs(share - bound) == pytest.approx(z * math.sqrt(bound * (1 - bound) / count), abs=1e-6)
+    low, high = wilson(right, count)
+    assert low < high
 
 
 def test_stderr_of_one_value_is_unknown():

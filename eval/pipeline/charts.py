@@ -11,12 +11,12 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy.stats import binomtest
 
 from merge.plan import Plan
 from merge.search import Trial
 
 from ..plots import COLOURS, GREY, axes, draw_alphas, draw_history, draw_mixtures
+from ..stats import wilson
 from .arms import ORIGINAL
 from .summary import MEASURES, Comparison, Model
 
@@ -193,11 +193,8 @@ def _rows(ax: Axes, names: Sequence[str], *, labelled: bool = True) -> None:
 
 
 def _accuracy(score: dict[str, Any] | None) -> tuple[float, float, float] | None:
-    """(accuracy, 95 % interval by Wilson's score, which also holds for none right)."""
-    if score is None:
-        return None
-    interval = binomtest(round(score["acc"] * score["count"]), score["count"]).proportion_ci(method="wilson")
-    return score["acc"], float(interval.low), float(interval.high)
+    """(accuracy, 95 % interval)."""
+    return None if score is None else (score["acc"], *wilson(round(score["acc"] * score["count"]), score["count"]))
 
 
 def _perplexity(row: dict[str, Any]) -> tuple[float, float, float] | None:

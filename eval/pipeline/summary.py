@@ -21,7 +21,7 @@ from ..bits import Bits, difference
 from ..compare import SIGNIFICANT, Difference, differences, overall
 from ..errors import DataError
 from ..results import Answer, read_results
-from ..stats import Paired, holm, paired, perplexity, stderr
+from ..stats import Paired, holm, paired, perplexity, stderr, wilson
 from .arms import DROPS, ORIGINAL
 from .run import RESULTS, SCHEMA_VERSION, STUDY
 
@@ -281,12 +281,14 @@ def _cautions(study: Study) -> list[str]:
     said = []
     original = study.model(ORIGINAL)
     if original is not None and (scores := original.record.get("scores")):
-        micro = scores["micro"]
-        if micro["stderr"] is not None and micro["acc"] - 1.96 * micro["stderr"] <= CHANCE:
-            said.append(
-                f"The original itself answers MMLU no better than by chance ({micro['acc']:.3f} +- {micro['stderr']:.3f}), so "
-                "its questions cannot tell these models apart."
-            )
+        acc, count = scores["micro"]["acc"], scores["micro"]["count"]
+        low, high = wilson(round(acc * count), count)
+        found = f"(accuracy {acc:.3f} [{low:.3f}, {high:.3f}])"
+        questions = f"{count:,} question{'s' * (count != 1)}"
+        if low <= CHANCE <= high:  # few questions show nothing: neither that it knows the answers nor that it does not
+            said.append(f"{questions} cannot tell the original itself from chance {found}, so they tell no models apart.")
+        elif high < CHANCE:
+            said.append(f"The original itself is worse than chance on {questions} of MMLU {found}: they tell no models apart.")
     for merge in (one for one in study.models if one.kind == "merge"):
         if lacking := unmeasured(study, merge):
             said.append(f"Nothing is said of {merge.name}: {_names(lacking)}, dropped to the same depth, has no results.")
