@@ -15,7 +15,7 @@ from merge.records import read_json
 
 from .errors import DataError, ScoreError
 from .mmlu import GROUPS
-from .stats import perplexity, stderr
+from .stats import perplexity, stderr, wilson
 
 SCHEMA_VERSION = 1
 
@@ -54,10 +54,13 @@ def score(answers: Sequence[Answer]) -> Score:
 
 
 def macro(answers: Sequence[Answer]) -> Score:
-    """Mean of the subjects' accuracies; its standard error comes from the questions within subjects, not between subjects."""
+    """Mean of the subjects' accuracies; its standard error comes from the questions within subjects, not between subjects.
+
+    It is nan where every subject is all right or all wrong, which says nothing of the error.
+    """
     subjects = [score(found) for found in by_subject(answers).values()]
     spread = math.sqrt(math.fsum(one.stderr**2 for one in subjects)) / len(subjects)
-    return Score(math.fsum(one.acc for one in subjects) / len(subjects), spread, len(subjects))
+    return Score(math.fsum(one.acc for one in subjects) / len(subjects), spread or math.nan, len(subjects))
 
 
 def by_subject(answers: Sequence[Answer]) -> dict[str, list[Answer]]:
@@ -106,6 +109,11 @@ def _pooled(answers: Sequence[Answer]) -> float:
 def _values(one: Score) -> dict[str, Any]:
     """A score as JSON values; a standard error that cannot be told (one question) is null."""
     return asdict(one) | {"stderr": None if math.isnan(one.stderr) else one.stderr}
+
+
+def all_or_none(values: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of a score of `summary` where all or none are right: a standard error of 0 is no certainty."""
+    return wilson(round(values["acc"] * values["count"]), values["count"]) if values["stderr"] == 0.0 else None
 
 
 def write_results(path: Path, record: Mapping[str, Any], answers: Sequence[Answer]) -> None:

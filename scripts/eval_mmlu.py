@@ -16,7 +16,7 @@ from _scoring import add_run_options, check_out, check_positive, find_source, qu
 from eval.errors import DataError
 from eval.mmlu import CONVENTIONS, partial, read_mmlu
 from eval.progress import progress_path
-from eval.results import answers_path
+from eval.results import all_or_none, answers_path
 
 EXAMPLES = """\
   python scripts/eval_mmlu.py --model merged/Meta-Llama-3-8B-base --data-dir DIR --text wiki.test.raw
@@ -119,8 +119,10 @@ def _table(record: dict[str, Any]) -> str:
     scores = record["scores"]
 
     def line(name: str, one: dict[str, Any], unit: str = "questions") -> str:
-        error = f"{one['stderr']:.4f}" if one["stderr"] is not None else "   ?  "
-        return f"{name:40} {one['acc']:.4f} +- {error}  {one['count']:>6,} {unit}"
+        error = f"+- {one['stderr']:.4f}" if one["stderr"] is not None else "+-    ?"
+        if (interval := all_or_none(one)) is not None:
+            error = "[{:.2f}, {:.2f}]".format(*interval)
+        return f"{name:40} {one['acc']:.4f} {error:12}  {one['count']:>6,} {unit}"
 
     part = f" (a part: {record['part']})" if record["part"] else ""
     convention = ", reference convention" if record["convention"] == "reference" else ""
@@ -130,6 +132,7 @@ def _table(record: dict[str, Any]) -> str:
         line("accuracy, macro (over subjects)", scores["macro"], "subjects"),
         *(line(f"  {group}", one) for group, one in scores["groups"].items()),
         *(line(f"    {subject}", one) for subject, one in scores["subjects"].items()),
+        "+- is one standard error; where all or none are right, brackets are a 95 % interval",
     ]
     if question := record["question_text"]:
         lines.append(

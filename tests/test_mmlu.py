@@ -18,7 +18,7 @@ from tiny import ROOT
 from eval.compare import Difference
 from eval.errors import DataError, ScoreError
 from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, Subject, partial, quick_and_quiet, read_mmlu, tasks
-from eval.results import Answer, macro, question_text, read_results, score, write_results
+from eval.results import Answer, all_or_none, macro, question_text, read_results, score, summary, write_results
 from eval.stats import paired
 
 ODD = ("None", "nan", 'with "quotes"', "with, comma")  # options that data frame readers turn into something else
@@ -159,6 +159,9 @@ def test_micro_and_macro():
     assert score(answers).acc == pytest.approx(3 / 6)
     assert macro(answers).acc == pytest.approx((1 / 4 + 1) / 2)
     assert macro(answers).stderr == pytest.approx(0.25 / 2)  # only subject a varies: stderr 0.5 / sqrt(4), halved
+    assert math.isnan(macro(answers[1:]).stderr)  # none right in a, all in b
+    assert all_or_none(summary(answers[1:4])["micro"]) == pytest.approx((0.0, 0.5615), abs=1e-4)
+    assert all_or_none(summary(answers)["micro"]) is None
 
 
 @pytest.fixture
@@ -184,6 +187,7 @@ def test_from_a_merge_to_a_comparison(run, tmp_path):
     original = run("eval_mmlu", "--model", "tiny:llama3-8b", *common).stdout
     assert "a part: 16 of 14,042 questions, 2 of 57 subjects" in original
     assert "perplexity of text.txt" in original
+    assert "+- is one standard error" in original
     last = json.loads(original.strip().splitlines()[-1])
     assert last["micro"]["count"] == 16
     run("eval_mmlu", "--model", "dropped", *common)

@@ -544,7 +544,16 @@ def test_what_a_model_writes_cannot_become_part_of_the_page(done):
 
 def test_the_table_has_a_line_for_every_model(done):
     lines = text_table(read_study(done)).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [model.name for model in read_study(done).models]
+    assert [line.split()[0] for line in lines[1:-1]] == [model.name for model in read_study(done).models]
+    assert lines[-1].startswith("+- is one standard error")
+
+
+def test_all_right_is_not_certain():
+    study = planted_study(planted("original", "original", [True] * 3, LOW, 6), planted("m", "merge", GOOD, LOW))
+    shown = text_table(study)
+    assert "1.0000 [0.44, 1.00]" in shown  # three of three
+    assert "0.9000 +- 0.0213" in shown
+    assert "+- 0.0000" not in shown
 
 
 def test_a_study_under_way_has_a_report(done, tmp_path):

@@ -13,6 +13,7 @@ from merge.plan import Plan, plan_from_dict
 from merge.publish import write_whole
 
 from ..compare import flipped
+from ..results import all_or_none
 from . import charts
 from .arms import ORIGINAL
 from .summary import (
@@ -76,14 +77,14 @@ def page(study: Study) -> str:
 def text_table(study: Study) -> str:
     """The summary as plain text, one line per model."""
     rows = table_rows(study)
-    lines = [f"{'model':24}{'layers':>7}{'parameters':>16}{'MMLU':>18}{'perplexity':>12}{'LAMBADA':>18}{'decode tok/s':>14}"]
+    lines = [f"{'model':24}{'layers':>7}{'parameters':>16}{'MMLU':>21}{'perplexity':>12}{'LAMBADA':>21}{'decode tok/s':>14}"]
     for row in rows:
         speed = row["speed"][0]["decode_per_s"] if row.get("speed") else None
         lines.append(
-            f"{row['name']:24.24}{row['layers']:>7}{row['parameters']:>16,}{_plain(row.get('mmlu_micro')):>18}"
-            f"{_number(row.get('perplexity')):>12}{_plain(row.get('cloze')):>18}{_number(speed):>14}"
+            f"{row['name']:24.24}{row['layers']:>7}{row['parameters']:>16,}{_plain(row.get('mmlu_micro')):>21}"
+            f"{_number(row.get('perplexity')):>12}{_plain(row.get('cloze')):>21}{_number(speed):>14}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, "+- is one standard error; where all or none are right, brackets are a 95 % interval"])
 
 
 def _sections(study: Study, rows: Sequence[dict[str, Any]], found: Sequence[Verdict]) -> dict[str, Any]:
@@ -212,6 +213,8 @@ def _speeds(study: Study) -> list[dict[str, Any]]:
 def _plain(score: dict[str, Any] | None) -> str:
     if score is None:
         return ""
+    if (interval := all_or_none(score)) is not None:
+        return f"{score['acc']:.4f} [{interval[0]:.2f}, {interval[1]:.2f}]"
     return f"{score['acc']:.4f}" + (f" +- {score['stderr']:.4f}" if score["stderr"] is not None else "")
 
 
@@ -225,9 +228,11 @@ def _number(value: float | None) -> str:
 
 
 def _share(score: dict[str, Any] | None) -> str:
-    """An accuracy in per cent with its standard error."""
+    """An accuracy in per cent with its standard error; where all or none are right, with its interval."""
     if score is None:
         return "–"  # noqa: RUF001
+    if (interval := all_or_none(score)) is not None:
+        return f"{100 * score['acc']:.1f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
     error = f" ± {100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
     return f"{100 * score['acc']:.1f}{error}"
 
