@@ -23,7 +23,7 @@ from .errors import DataError, TrialError
 from .lm import PrefixLM
 from .mmlu import LETTERS, Subject, quick_and_quiet, tasks
 from .run import TEXT_WINDOW, first_tokens
-from .stats import Mean, mean, perplexity
+from .stats import Mean, mean, perplexity, wilson
 from .trial import LayerWeights, States, Tail
 
 Array = npt.NDArray[np.float64]
@@ -31,6 +31,7 @@ Array = npt.NDArray[np.float64]
 MIN_WINDOW = 2  # one token given, one predicted
 TEXT_BLOCK = 128  # neighbouring tokens that count as one value in the error of a text's mean
 PARTS = ("search", "selection", "held-out")
+SHARES = ("acc", "agreement")  # of questions; the others are means of numbers
 CHECK_SHARE = 4  # one question in so many is for selection, and as many are held out
 TARGETS: dict[str, dict[str, float]] = {
     "kl": {"kl": 1.0},
@@ -310,8 +311,11 @@ def interval(name: str, values: Array) -> Mean:
 
 
 def scores(measured: Mapping[str, Array]) -> dict[str, Any]:
-    """Means with 95 % intervals, and the text's perplexity."""
+    """Means with 95 % intervals, those of shares by Wilson's score, and the text's perplexity."""
     found: dict[str, Any] = {name: interval(name, values).to_dict() for name, values in measured.items()}
+    for name in SHARES:
+        if name in found and found[name]["count"] and found[name]["value"] is not None:
+            found[name]["low"], found[name]["high"] = wilson(round(float(measured[name].sum())), found[name]["count"])
     if "text" in found:
         found["perplexity"] = {
             key: None if found["text"][key] is None else perplexity(found["text"][key]) for key in ("value", "low", "high")

@@ -23,6 +23,7 @@ from .stats import CONFIDENCE, Mean, mcnemar
 
 Measured = Mapping[str, Mapping[str, Mapping[str, Array]]]
 LOWER_IS_BETTER = ("kl", "ce", "text")
+WIDTH = 27  # of a column
 HALF = 0.5  # between wrong and right
 SHOWN = {"kl": "KL, nats", "ce": "CE, nats", "acc": "accuracy", "agreement": "agreement", "text": "perplexity"}
 
@@ -103,17 +104,17 @@ def others_line(measured: Measured) -> str | None:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Plans by parts; after +- half of the 95 % interval."""
+    """Plans by parts, with 95 % intervals, and how much was held out."""
     names = [name for name in SHOWN if any(name in one for one in report["scores"]["found"].values())]
-    lines = [f"{'':12}{'part':12}" + "".join(f"{SHOWN[name]:>{_width(name)}}" for name in names)]
+    held_out = report["scores"]["found"]["held-out"]
+    sizes = {"questions": held_out.get("kl", {}).get("count"), "tokens of text": held_out.get("text", {}).get("count")}
+    said = ", ".join(f"{what} {count:,}" for what, count in sizes.items() if count is not None)
+    lines = [f"held out: {said}; in brackets 95 % intervals"]
+    lines += [f"{'':12}{'part':12}" + "".join(f"{SHOWN[name]:>{WIDTH}}" for name in names)]
     for plan, parts in report["scores"].items():
         for part, one in parts.items():
-            lines.append(f"{plan:12}{part:12}" + "".join(f"{_cell(one, name):>{_width(name)}}" for name in names))
+            lines.append(f"{plan:12}{part:12}" + "".join(f"{_cell(one, name):>{WIDTH}}" for name in names))
     return "\n".join(lines)
-
-
-def _width(name: str) -> int:
-    return 32 if name == "text" else 20
 
 
 def _cell(one: Mapping[str, Any], name: str) -> str:
@@ -122,9 +123,9 @@ def _cell(one: Mapping[str, Any], name: str) -> str:
     found = one["perplexity"] if name == "text" else one[name]
     if found["value"] is None:
         return "not a number"
-    if name == "text":
-        return f"{found['value']:.5g}" + (f" [{found['low']:.3g}, {found['high']:.3g}]" if found["low"] is not None else "")
-    return f"{found['value']:.4f}" + (f" +- {found['high'] - found['value']:.4f}" if found["high"] is not None else "")
+    digits = ".3g" if name == "text" else ".4f"
+    interval = f" [{found['low']:{digits}}, {found['high']:{digits}}]" if found["low"] is not None else ""
+    return (f"{found['value']:.5g}" if name == "text" else f"{found['value']:.4f}") + interval
 
 
 def write_trials(path: Path, names: Sequence[str], trials: Sequence[Trial]) -> None:

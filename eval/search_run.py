@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 # Settings that may differ between the workers of a study, and between a run and the one that resumes it.
 FREE = ("steps", "refine", "start", "learning_rate", "trials", "storage", "name", "resume", "device", "batch_size")
+FEW_QUESTIONS = 20  # an accuracy of so many has an interval of 0.4
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,12 @@ def search_alphas(
             num_fewshot=settings.num_fewshot, limit=settings.limit, seed=settings.seed,
             text_tokens=settings.text_tokens if text else 0, text_window=settings.text_window,
             text_batch=settings.text_batch, others=others, folder=states, done=bar.update,
+        )  # fmt: skip
+    held_out = problem.parts["held-out"].questions
+    if held_out is not None and (count := len(held_out.encoded.ids)) < FEW_QUESTIONS:
+        log.warning(
+            "%d question%s held out: too few to show that anything was found; a larger --limit or more subjects give more",
+            count, "s are" if count != 1 else " is",
         )  # fmt: skip
     weights = problem.weights(settings.target, settings.text_weight)
     captured = time.perf_counter() - begun

@@ -94,8 +94,17 @@ def test_unknown_errors_are_not_numbers_in_json():
     assert found["kl"]["low"] is None
     assert found["perplexity"]["high"] is None
     assert "NaN" not in json.dumps(found)
-    assert "+-" not in table({"scores": {"found": {"held-out": found}}})
+    assert table({"scores": {"found": {"held-out": found}}}).splitlines()[-1].split()[2:] == ["0.5000", "4.4817"]
     assert table({"scores": {"found": {"held-out": scores({"kl": np.array([np.nan] * 3)})}}}).endswith("not a number")
+
+
+def test_shares_of_few_questions_stay_between_0_and_1():
+    found = scores({"kl": np.array([0.25, 0.75]), "acc": np.array([1.0, 0.0]), "agreement": np.array([1.0, 1.0])})
+    shown = table({"scores": {"found": {"held-out": found}}})
+    assert shown.startswith("held out: questions 2; in brackets 95 % intervals")
+    assert "0.5000 [0.0945, 0.9055]" in shown  # where Student's t gave +- 6.3531
+    assert "1.0000 [0.3424, 1.0000]" in shown
+    assert "0.5000 [-2.6766, 3.6766]" in shown
 
 
 def test_alphas_by_gradient_then_merge(run, tmp_path):
@@ -103,6 +112,7 @@ def test_alphas_by_gradient_then_merge(run, tmp_path):
     others = json.loads((tmp_path / "found" / "search.json").read_text())["scores"]["found"]["others"]["acc"]
     assert others["count"] == 56  # of three questions each, one is held out
     assert "2 alphas, of which about" in done.stderr
+    assert "2 questions are held out: too few" in done.stderr
     assert "held out, found minus the best control: kl " in done.stdout
     assert "the other subjects (" in done.stdout
     report = json.loads((tmp_path / "found" / "search.json").read_text())
