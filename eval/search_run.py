@@ -187,7 +187,10 @@ def search_alphas(
 
     total = start.num_hidden_layers
     plans = {"start": start} if start.steps else {}
-    plans |= {"dropped": start.dropped(), "drop-last": plan_from_method("drop-last", total, total - len(start.rows))}
+    plans["dropped"] = start.dropped()
+    last = plan_from_method("drop-last", total, total - len(start.rows))
+    if last.rows != plans["dropped"].rows:  # what goes may be the top layers already
+        plans["drop-last"] = last
     plans |= {**(controls or {}), "found": plan}
     measured = {}
     for name, one in {"original": None, **plans}.items():
