@@ -30,6 +30,7 @@ def model_card(blueprint: Blueprint, base_model: str | None, revision: str | Non
     )
     plan = blueprint.plan
     converted = any(not output.kept and not output.mixed for output in blueprint.outputs)
+    own = "; beside them, the groups named above" if any(row.groups for row in plan.rows) else ""
     rest = f"Everything else is the source's, {'converted in dtype.' if converted else 'bit for bit.'}"
     body = [
         f"# {name}, {plan.num_hidden_layers} -> {len(plan.rows)} layers ({plan.name or plan.method})",
@@ -38,7 +39,7 @@ def model_card(blueprint: Blueprint, base_model: str | None, revision: str | Non
         f"{plan.num_hidden_layers} layers.",
         "## What was done",
         "\n".join(f"- {line}" for line in plan_in_words(plan)),
-        f"Mixed tensors (`{plan.tensors}`): {TENSOR_MODES[plan.tensors]}. Arithmetic: {ARITHMETICS[plan.arithmetic]}. "
+        f"Mixed tensors (`{plan.tensors}`): {TENSOR_MODES[plan.tensors]}{own}. Arithmetic: {ARITHMETICS[plan.arithmetic]}. "
         f"{rest} `plan.json` holds the exact coefficients and is input to the same "
         "program; `report.json` holds hashes and versions.",
         "\n".join(f"- Note: {note}" for note in [*blueprint.warnings, *blueprint.cut.notes]),

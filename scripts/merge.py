@@ -195,10 +195,11 @@ def _outline(blueprint: Blueprint, source: Source, out: Path) -> str:
     before = count_parameters(blueprint.checkpoint.tensors, blueprint.checkpoint.config)
     linked = [shard for shard in blueprint.shards if shard.linked_to]
     converted = len(outputs) - kept - len(mixed)
+    own = ", and what the plan names" if any(row.groups for row in plan.rows) else ""
     lines = [
         f"plan        {plan.name}: {plan.num_hidden_layers} -> {len(plan.rows)} layers of {source.spec}",
         *(f"            {line}" for line in plan_in_words(plan)),
-        f"arithmetic  {plan.arithmetic}, tensors {plan.tensors}",
+        f"arithmetic  {plan.arithmetic}, tensors {plan.tensors}{own}",
         f"tensors     {len(outputs):,}: {kept:,} kept, {len(mixed):,} mixed, {converted:,} converted",
         f"parameters  {before:,} -> {blueprint.num_parameters:,}",
         f"bytes       {blueprint.bytes_to_read:,} to read, {blueprint.bytes_to_write:,} to write",

@@ -185,6 +185,7 @@ def test_groups_have_their_own_coefficients(llama, tmp_path):
     torch.testing.assert_close(result[1].mlp.up_proj.weight, original[4].mlp.up_proj.weight, rtol=0, atol=0)
     mean = (original[4].self_attn.q_proj.weight + original[9].self_attn.q_proj.weight) / 2
     torch.testing.assert_close(result[1].self_attn.q_proj.weight, mean.to(torch.bfloat16).float(), rtol=0, atol=0)
+    assert "norms stay the base layer's; beside them, the groups named above." in (out / "README.md").read_text()
 
 
 def test_layers_can_be_repeated(llama, models, tmp_path):

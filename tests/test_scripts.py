@@ -66,6 +66,16 @@ def test_the_documented_dry_run(run):
     assert len(plan["rows"]) == 29
 
 
+def test_the_dry_run_says_what_a_plan_mixes_of_its_own(run):
+    groups = {"input_layernorm": {"0": 0.5, "1": 0.5}}
+    plan = {"schema_version": 1, "num_hidden_layers": 32, "rows": [{"base": 0, "groups": groups}]}
+    (run.folder / "found.json").write_text(json.dumps(plan))
+    own = run("merge", "--plan", "found.json", "--model", "tiny:llama3-8b", "--dry-run").stdout
+    assert "tensors projections, and what the plan names\n" in own
+    none = run("merge", "--alphas", "two.json", "--model", "tiny:llama3-8b", "--dry-run").stdout
+    assert "tensors projections\n" in none
+
+
 def test_no_torch_before_it_is_needed(run):
     """--help and --dry-run answer at once because nothing heavy is imported."""
     code = (
