@@ -556,6 +556,23 @@ def test_all_right_is_not_certain():
     assert "+- 0.0000" not in shown
 
 
+def test_what_was_not_measured_has_no_column(done):
+    study = read_study(done)
+    whole = {"MMLU micro", "MMLU macro", "perplexity", "LAMBADA"}
+    assert whole < headings(page(study))
+    assert "LAMBADA" in text_table(study)
+    for model in study.models:
+        del model.parts["cloze"]
+    assert whole & headings(page(study)) == whole - {"LAMBADA"}
+    assert "LAMBADA" not in text_table(study)
+    del study.models[1].parts["text"]  # of one alone
+    assert "perplexity" in headings(page(study))
+
+
+def headings(text):
+    return set(re.findall(r'<th scope="col">([^<]+)</th>', text))
+
+
 def test_a_study_under_way_has_a_report(done, tmp_path):
     out = tmp_path / "study"
     shutil.copytree(done, out)

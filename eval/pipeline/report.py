@@ -2,7 +2,7 @@
 
 import importlib.resources
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def page(study: Study) -> str:
         study=study.record,
         models=study.models,
         rows=rows,
+        measured=set().union(*rows),
         kinds=KINDS,
         outcomes=OUTCOMES,
         measures=MEASURES,
@@ -77,13 +78,11 @@ def page(study: Study) -> str:
 def text_table(study: Study) -> str:
     """The summary as plain text, one line per model."""
     rows = table_rows(study)
-    lines = [f"{'model':24}{'layers':>7}{'parameters':>16}{'MMLU':>21}{'perplexity':>12}{'LAMBADA':>21}{'decode tok/s':>14}"]
+    shown = [(key, *column) for key, column in COLUMNS.items() if any(key in row for row in rows)]
+    lines = [f"{'model':24}{'layers':>7}{'parameters':>16}" + "".join(f"{name:>{width}}" for _, name, width, _ in shown)]
     for row in rows:
-        speed = row["speed"][0]["decode_per_s"] if row.get("speed") else None
-        lines.append(
-            f"{row['name']:24.24}{row['layers']:>7}{row['parameters']:>16,}{_plain(row.get('mmlu_micro')):>21}"
-            f"{_number(row.get('perplexity')):>12}{_plain(row.get('cloze')):>21}{_number(speed):>14}"
-        )
+        cells = "".join(f"{show(row[key]) if key in row else '':>{width}}" for key, _, width, show in shown)
+        lines.append(f"{row['name']:24.24}{row['layers']:>7}{row['parameters']:>16,}{cells}")
     return "\n".join([*lines, "+- is one standard error; where all or none are right, brackets are a 95 % interval"])
 
 
@@ -210,9 +209,7 @@ def _speeds(study: Study) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: one["batch"])
 
 
-def _plain(score: dict[str, Any] | None) -> str:
-    if score is None:
-        return ""
+def _plain(score: dict[str, Any]) -> str:
     if (interval := all_or_none(score)) is not None:
         return f"{score['acc']:.4f} [{interval[0]:.2f}, {interval[1]:.2f}]"
     return f"{score['acc']:.4f}" + (f" +- {score['stderr']:.4f}" if score["stderr"] is not None else "")
@@ -243,6 +240,14 @@ def _signed(value: float) -> str:
 
 def _interval(one: Comparison) -> str:
     return f"{_signed(one.low)} to {_signed(one.high)}" if one.has_interval else too_little(one)
+
+
+COLUMNS: dict[str, tuple[str, int, Callable[[Any], str]]] = {  # of `text_table`: what of a row, under which name, how wide
+    "mmlu_micro": ("MMLU", 21, _plain),
+    "perplexity": ("perplexity", 12, _number),
+    "cloze": ("LAMBADA", 21, _plain),
+    "speed": ("decode tok/s", 14, lambda batches: _number(batches[0]["decode_per_s"])),
+}
 
 
 def _size(value: float) -> str:
