@@ -6,6 +6,7 @@ one small file: the fusers or the mixer, without effect before training so that 
 between vocabularies. The code that loads it is copied beside it.
 """
 
+import copy
 import json
 import logging
 import shutil
@@ -155,7 +156,8 @@ def _host_plan(recipe: Recipe, checkpoint: Checkpoint) -> Plan:
 
 def fused_config(parts: Parts, map_sizes: Sequence[int]) -> FusionConfig:
     """The config of the result; a map of size 0: the donor reads its own tokens."""
-    host, *donors = (one.cut.config for one in parts.blueprints)
+    # Copies: the config classes of transformers add to the mappings inside, and those of the sources are looked at again.
+    host, *donors = (copy.deepcopy(one.cut.config) for one in parts.blueprints)
     config = FusionConfig(
         text_config={key: value for key, value in host.items() if key != "auto_map"},
         donors=[
