@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
 from merge.plan import Plan
 from merge.publish import whole_file
@@ -25,6 +26,7 @@ from merge.search import Trial
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 GREY = "#999999"
 DPI = 150
+DECADE = 10.0  # values that span less have no powers of ten at their ticks
 LABELLED = 40  # a matrix of more rows than this is labelled every few rows only
 
 
@@ -47,6 +49,17 @@ def axes(width: float = 7.0, height: float = 4.2, columns: int = 1, rows: int = 
     for one in found:
         one.spines[["top", "right"]].set_visible(False)
     return figure, found
+
+
+def log_axis(ax: Axes, which: str, values: Iterable[float]) -> None:
+    """A logarithmic x or y axis; where the values span less than a decade its ticks are plain numbers, not 4.58 x 10^0."""
+    ax.set(**{f"{which}scale": "log"})
+    found = list(values)
+    if max(found) < DECADE * min(found):
+        axis: Axis = getattr(ax, f"{which}axis")
+        axis.set_major_locator(MaxNLocator(6))
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axis.set_minor_locator(NullLocator())
 
 
 def similarity_map(path: Path, similarity: npt.NDArray[np.float64], method: str) -> None:
@@ -112,7 +125,7 @@ def draw_history(ax: Axes, trials: Sequence[Trial], what: str) -> list[tuple[Any
     ax.step(range(len(line)), line, where="post", color="black", linewidth=1, label="best so far")
     losses = [trial.loss for trial in trials if math.isfinite(trial.loss)]
     if losses and min(losses) > 0:
-        ax.set_yscale("log")
+        log_axis(ax, "y", losses)
     ax.set(xlabel="trial", ylabel=what, title="Loss of every trial")
     ax.legend(frameon=False, fontsize=8)
     return [(i, t.start, t.step, t.loss, t.over, b) for i, (t, b) in enumerate(zip(trials, line, strict=True))]
@@ -193,14 +206,18 @@ def slices(path: Path, curves: Mapping[str, Sequence[tuple[float, float]]], foun
     save(figure, path, ("parameter", "value", "loss"), ((name, *point) for name, curve in curves.items() for point in curve))
 
 
-def loss_curve(log: Path, path: Path) -> None:
-    """The loss of every update and on held-out text, from a training log; the log is its data."""
+def loss_curve(log: Path, path: Path, held_out_before: float | None = None) -> None:
+    """The loss of every update and on held-out text, from a training log; the log is its data.
+
+    held_out_before: on held-out text before the first update, which a log of updates does not hold.
+    """
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
     update = [float(row["update"]) for row in rows]
     figure, (ax,) = axes()
     ax.plot(update, [float(row["loss"]) for row in rows], color=GREY, linewidth=1, label="training batch")
-    measured = [(x, float(row["held_out"])) for x, row in zip(update, rows, strict=True) if row["held_out"]]
+    measured = [(0.0, held_out_before)] if held_out_before is not None else []
+    measured += [(x, float(row["held_out"])) for x, row in zip(update, rows, strict=True) if row["held_out"]]
     if measured:
         ax.plot(*zip(*measured, strict=True), color=COLOURS[0], marker="o", markersize=4, label="held-out text")
     ax.set(xlabel="update", ylabel="loss, nats per token", title="Training of the fusers")

@@ -75,7 +75,8 @@ def main(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
     if first:
         if recipe.training and not arguments.quiet:
-            draw(out)
+            draw(out, found.held_out_before)
+        print(in_words(parts, found))
         print(json.dumps({"out": str(out), **asdict(found)}))
     return 0
 
@@ -127,12 +128,25 @@ def described(parts: Any) -> str:
     return "\n".join(lines)
 
 
-def draw(out: Path) -> None:
+def in_words(parts: Any, found: Any) -> str:
+    """What was made, for a person."""
+    host, *donors = (source.name for source in parts.sources)
+    said = [
+        f"{host} reads {' and '.join(donors)}: {found.parameters:,} parameters, {found.fuser_parameters:,} of them the fusers'"
+    ]
+    if found.held_out is not None:
+        said.append(
+            f"held-out text: {found.held_out_before:.4f} -> {found.held_out:.4f} nats per token after {found.tokens:,} tokens"
+        )
+    return "\n".join(said)
+
+
+def draw(out: Path, held_out_before: float | None) -> None:
     """The loss curve beside the result."""
     from eval.plots import loss_curve
     from merge.fusion.make import LOG_FILE
 
-    loss_curve(out / LOG_FILE, out / "training.png")
+    loss_curve(out / LOG_FILE, out / "training.png", held_out_before)
 
 
 if __name__ == "__main__":

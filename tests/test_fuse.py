@@ -428,6 +428,9 @@ def test_the_script(run, tmp_path):
     done = run("fuse", "--config", "fuse.yaml", "--out", "out", "-v")
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["tokens"] == 4 * 32
+    assert done.stdout.startswith(f"tiny-llama3.2-1b reads tiny-phi3-mini: {found['parameters']:,} parameters, ")
+    said = f"held-out text: {found['held_out_before']:.4f} -> {found['held_out']:.4f} nats per token after 128 tokens\n"
+    assert said in done.stdout
     assert "update 2: loss" in done.stderr
     assert (tmp_path / "out" / "training.png").read_bytes().startswith(b"\x89PNG")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

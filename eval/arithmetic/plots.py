@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from merge.publish import write_whole
 
-from ..plots import COLOURS, axes, save
+from ..plots import COLOURS, axes, log_axis, save
 from ..stats import stderr
 from .execute import read_log, read_result
 from .report import Row, markdown
@@ -62,14 +62,14 @@ def curves(path: Path, study: Study, out: Path, runs: Sequence[Run], dataset: st
     if not data:
         return False
     if log_x:
-        ax.set_xscale("log")
+        log_axis(ax, "x", [step for _, step, _, _ in data])
     band = "band: standard error over seeds (n - 1, root n)" if most > 1 else "one seed: no band"
     ax.set(
         xlabel=f"updates{' (log)' if log_x else ''}; every point is the mean of {SMOOTHED} evaluations where there are as many",
         ylabel=QUANTITIES[quantity], title=f"{dataset}: {QUANTITIES[quantity].split(' (')[0]}",
     )  # fmt: skip
     if quantity.endswith("loss"):
-        ax.set_yscale("log")
+        log_axis(ax, "y", [mean for _, _, mean, _ in data])
     else:
         ax.set_ylim(-0.02, 1.02)
     ax.grid(alpha=0.2)

@@ -15,13 +15,12 @@ from matplotlib.ticker import MaxNLocator
 from merge.plan import Plan
 from merge.search import Trial
 
-from ..plots import COLOURS, GREY, axes, draw_alphas, draw_history, draw_mixtures
+from ..plots import COLOURS, DECADE, GREY, axes, draw_alphas, draw_history, draw_mixtures
 from ..stats import wilson
 from .arms import ORIGINAL
 from .summary import MEASURES, Comparison, Model
 
 INK = "#010203"  # drawn in this, and replaced by the page's own colour
-DECADE = 10.0  # perplexities that span more are drawn on a log axis
 LOOKS = {  # kind of model -> colour, marker
     ORIGINAL: (INK, "D"), "merge": (COLOURS[0], "o"), "uniform": (COLOURS[2], "^"),
 }  # fmt: skip
