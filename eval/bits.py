@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional
 
 from .errors import DataError
-from .stats import Mean, mean
+from .stats import Mean, ratio
 
 
 @dataclass(frozen=True)
@@ -98,12 +98,5 @@ def measure(
 
 
 def difference(one: Bits, other: Bits) -> Mean:
-    """Bits per byte of `one` less those of `other` on the same documents: mean over bytes, its error over documents.
-
-    The ratio of sums has the error of sum_i (d_i - D b_i) / B (the linearised ratio estimator, Cochran, Sampling Techniques,
-    section 6.4): d_i difference in bits, b_i bytes, D the ratio, B all bytes.
-    """
-    difference, size = one.bits - other.bits, one.bytes
-    ratio = float(difference.sum() / size.sum())
-    residuals = (difference - ratio * size) / size.mean()
-    return mean(ratio + residuals)
+    """Bits per byte of `one` less those of `other` on the same documents: mean over bytes, its error over documents."""
+    return ratio(one.bits - other.bits, one.bytes)

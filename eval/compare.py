@@ -1,13 +1,15 @@
 """Two or more results on the same questions, compared question by question."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .errors import DataError
 from .results import Answer, by_group, by_subject
-from .stats import Paired, holm, paired
+from .stats import Mean, Paired, holm, paired, ratio
 
+SAME_TEXT = ("sha256", "tokens", "window", "vocabulary")
 MUST_AGREE = ("task", "task_version", "convention", "question_set", "num_fewshot", "limit")
 
 
@@ -33,11 +35,28 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class TextDifference:
+    """The second model's nats per token minus the first's on one text, by questions or windows; or why there is no interval."""
+
+    name: str
+    nats: Mean | None
+    missing: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """What the interval allows to say: fewer nats are better."""
+        if self.nats is None or self.nats.low <= 0 <= self.nats.high:
+            return "no difference shown"
+        return "better" if self.nats.value < 0 else "worse"
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Every result less the first: `differences` by its name; `missing` says which controls are not among them."""
+    """Every result less the first: `differences` and `texts` by its name; `missing` says which controls are not among them."""
 
     reference: str
     differences: Mapping[str, list[Difference]]
+    texts: Mapping[str, list[TextDifference]]
     missing: list[str]
 
 
@@ -57,7 +76,8 @@ def compare_results(results: Sequence[tuple[str, Mapping[str, Any], Sequence[Ans
     for other, second, _ in results[1:]:
         check_comparable(record, second, (name, other))
     found = {other: differences(answers, theirs, seed) for other, _, theirs in results[1:]}
-    return Comparison(name, found, missing_controls([one for _, one, _ in results]))
+    texts = {other: text_differences((record, answers), (second, theirs)) for other, second, theirs in results[1:]}
+    return Comparison(name, found, texts, missing_controls([one for _, one, _ in results]))
 
 
 def check_comparable(first: Mapping[str, Any], second: Mapping[str, Any], names: tuple[str, str]) -> None:
@@ -113,6 +133,42 @@ def overall(first: Sequence[Answer], second: Sequence[Answer], seed: int = 0) ->
     if ids[0] != ids[1]:
         raise DataError(f"the answers are to different questions ({len(ids[0])} and {len(ids[1])}); evaluate again")
     return _paired(first, second, seed)
+
+
+def text_differences(
+    first: tuple[Mapping[str, Any], Sequence[Answer]], second: tuple[Mapping[str, Any], Sequence[Answer]]
+) -> list[TextDifference]:
+    """The questions' own text and the plain text, each as far as both results have it; (record, answers) of each."""
+    found = []
+    pairs = [
+        (a, b)
+        for a, b in zip(first[1], second[1], strict=True)
+        if a.question_nll is not None and b.question_nll is not None
+    ]  # fmt: skip
+    if pairs:
+        nll = [(a.question_nll or 0.0, b.question_nll or 0.0) for a, b in pairs]
+        tokens = [(a.question_tokens, b.question_tokens) for a, b in pairs]
+        found.append(_text("the questions' text", nll, tokens, "question"))
+    one, two = first[0].get("text"), second[0].get("text")
+    if one and two:
+        name = str(one.get("file", "the text"))
+        if any(one.get(key) != two.get(key) for key in SAME_TEXT):
+            found.append(TextDifference(name, None, "another text or vocabulary"))
+        elif not (one.get("window_nll") and two.get("window_nll")):
+            found.append(TextDifference(name, None, "no windows kept; evaluate again"))
+        else:
+            windows = [list(zip(one[key], two[key], strict=False)) for key in ("window_nll", "window_tokens")]
+            found.append(_text(name, windows[0], windows[1], "window"))
+    return found
+
+
+def _text(name: str, nll: Sequence[tuple[float, float]], tokens: Sequence[tuple[int, int]], unit: str) -> TextDifference:
+    if any(a != b for a, b in tokens):
+        return TextDifference(name, None, "another vocabulary")
+    found = ratio([b - a for a, b in nll], [a for a, _ in tokens])
+    if math.isnan(found.low):
+        return TextDifference(name, None, f"too little text ({found.count} {unit})")
+    return TextDifference(name, found)
 
 
 def flipped(first: Sequence[Answer], second: Sequence[Answer]) -> tuple[list[Answer], list[Answer]]:

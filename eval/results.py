@@ -167,9 +167,19 @@ def read_results(path: Path) -> tuple[dict[str, Any], list[Answer]]:
     plan, text = record.get("plan"), record.get("text")
     if plan is not None and not (isinstance(plan, dict) and isinstance(plan.get("rows"), list)):
         raise DataError(f"{path}: 'plan' is not a plan; the file was changed, evaluate again")
-    if text is not None and not (isinstance(text, dict) and isinstance(text.get("perplexity"), float)):
+    if text is not None and not _is_text(text):
         raise DataError(f"{path}: 'text' is not what this release writes; the file was changed, evaluate again")
     return record | {"scores": summary(answers), "question_text": question_text(answers)}, answers
+
+
+def _is_text(text: Any) -> bool:
+    """Whether it is a text's perplexity, with as many nats as token counts of its windows; older files kept no windows."""
+    if not (isinstance(text, dict) and isinstance(text.get("perplexity"), float)):
+        return False
+    nll, tokens = text.get("window_nll", []), text.get("window_tokens", [])
+    if not (isinstance(nll, list) and isinstance(tokens, list) and len(nll) == len(tokens)):
+        return False
+    return all(isinstance(one, float) for one in nll) and all(isinstance(one, int) and one > 0 for one in tokens)
 
 
 def answers_path(path: Path) -> Path:

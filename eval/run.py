@@ -33,12 +33,17 @@ TEXT_HUB = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 @dataclass(frozen=True)
 class Perplexity:
-    """exp of the mean negative log-likelihood per token of a text in windows; `tokens` were predicted."""
+    """exp of the mean negative log-likelihood per token of a text in windows; `tokens` were predicted.
+
+    window_nll, window_tokens: nats and tokens of every window, by which two models are compared.
+    """
 
     perplexity: float
     nll_per_token: float
     tokens: int
     window: int
+    window_nll: tuple[float, ...]
+    window_tokens: tuple[int, ...]
 
 
 def ask(
@@ -96,7 +101,8 @@ def text_perplexity(lm: PrefixLM, text: str, window: int = TEXT_WINDOW, max_toke
     """
     nll, tokens = window_nll(lm, first_tokens(lm, text, max_tokens), window)
     mean = math.fsum(nll) / int(tokens.sum())
-    return Perplexity(perplexity(mean), mean, int(tokens.sum()), min(window, lm.max_length))
+    windows = tuple(nll.tolist()), tuple(tokens.tolist())
+    return Perplexity(perplexity(mean), mean, int(tokens.sum()), min(window, lm.max_length), *windows)
 
 
 def window_nll(

@@ -52,6 +52,17 @@ def mean(values: npt.ArrayLike, block: int = 1) -> Mean:
     return Mean(value, value - half, value + half, error, len(found), block)
 
 
+def ratio(values: npt.ArrayLike, sizes: npt.ArrayLike) -> Mean:
+    """The sum of values over the sum of their sizes, such as nats of windows over tokens; its interval is over the values.
+
+    It has the error of sum_i (v_i - R s_i) / S (the linearised ratio estimator, Cochran, Sampling Techniques, section 6.4):
+    v_i values, s_i sizes, R the ratio, S all sizes.
+    """
+    found, size = np.asarray(values, dtype=np.float64), np.asarray(sizes, dtype=np.float64)
+    whole = float(found.sum() / size.sum())
+    return mean(whole + (found - whole * size) / size.mean())
+
+
 def wilson(right: int, count: int) -> tuple[float, float]:
     """95 % interval of a share by Wilson's score: within 0 and 1, and of some width also where all or none are right."""
     interval = _scipy_stats().binomtest(right, count).proportion_ci(method="wilson")

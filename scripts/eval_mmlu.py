@@ -22,7 +22,7 @@ EXAMPLES = """\
   python scripts/eval_mmlu.py --model merged/Meta-Llama-3-8B-base --data-dir DIR --text wiki.test.raw
   python scripts/eval_mmlu.py --model DIR --subjects anatomy,virology --limit 20
   accelerate launch --num_processes 4 scripts/eval_mmlu.py --model DIR
-  python scripts/compare.py results/Meta-Llama-3-8B.json results/Meta-Llama-3-8B-base.json"""
+  python scripts/compare.py results/Meta-Llama-3-8B-base.json results/Meta-Llama-3-8B.json"""
 STOPPED = "stopped; subjects that were finished are kept: the same command with --resume goes on"
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import time
 from pathlib import Path
 
 import lm_eval.utils
+import numpy as np
 import pytest
 import yaml
+from scipy import stats as scipy_stats
 from tiny import ROOT
 
-from eval.compare import Difference
+from eval.compare import Difference, text_differences
 from eval.errors import DataError, ScoreError
 from eval.mmlu import GROUPS, NUM_DEV, SUBJECTS, Subject, partial, quick_and_quiet, read_mmlu, tasks
 from eval.results import Answer, all_or_none, macro, question_text, read_results, score, summary, write_results
@@ -198,6 +201,11 @@ def test_from_a_merge_to_a_comparison(run, tmp_path):
     said = run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", "--flips").stdout
     assert "no difference shown" in said
     assert "missing" not in said
+    nats = r" +[+-][\d.]+  95% \[[+-][\d.]+, [+-][\d.]+\]  nats per token  (better|worse|no difference shown)\n"
+    assert re.search(r"  the questions' text" + nats, said)
+    assert re.search(r"  text\.txt" + nats, said)
+    texts = json.loads(run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", "--json").stdout)["texts"]
+    assert [one["count"] for one in texts["results/dropped.json"]] == [16, len(record["text"]["window_nll"])]
     alone = run("compare", "results/dropped.json", "results/dropped.json").stdout
     assert "missing: no original model" in alone
     assert "layers simply dropped" not in alone
@@ -212,6 +220,10 @@ def test_from_a_merge_to_a_comparison(run, tmp_path):
         done = run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", status=1)
         assert f"cannot be compared: {key} is" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+    for windows, said in (([1.0], "'text' is not what this release writes"), (1, "'text' is not")):
+        text = changed["text"] | {"window_nll": windows, "window_tokens": [1, 2]}
+        (run.folder / "results" / "dropped.json").write_text(json.dumps(changed | {"text": text}))
+        assert said in run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", status=1).stderr
     (run.folder / "results" / "dropped.json").write_text(json.dumps(changed))
     shutil.copy(run.folder / "results" / "merged.parquet", run.folder / "results" / "dropped.parquet")
     done = run("compare", "results/tiny-llama3-8b.json", "results/dropped.json", status=1)
@@ -318,6 +330,44 @@ def test_question_text_over_tokens_and_over_subjects():
     assert found["perplexity"] == pytest.approx(math.exp(14 / 10))
     assert found["macro_perplexity"] == pytest.approx((math.exp(12 / 8) + math.exp(1)) / 2)
     assert question_text([Answer("a", 0, (0.0,) * 4, 0, 0)]) is None
+
+
+def result_of(nll, tokens, **text):
+    """(record, answers) with so many nats and tokens of every question."""
+    answers = [Answer("a", i, (0.0,) * 4, 0, 0, *one) for i, one in enumerate(zip(nll, tokens, strict=True))]
+    return {"text": {"perplexity": 2.0, "sha256": "x"} | text}, answers
+
+
+def test_texts_are_compared_by_questions_and_windows():
+    noise = np.random.default_rng(0)
+    one, two = noise.normal(60, 5, 30), noise.normal(66, 5, 30)
+    size = [20] * 30
+    windows = [{"window_nll": list(nll), "window_tokens": size} for nll in (one, two)]
+    found = text_differences(result_of(one, size, **windows[0]), result_of(two, size, **windows[1]))
+    expected = scipy_stats.ttest_rel(two, one).confidence_interval(0.95)  # windows of one size: Student's paired t
+    assert len(found) == 2
+    for text in found:
+        assert (text.nats.low, text.nats.high) == pytest.approx((expected.low / 20, expected.high / 20))
+        assert text.verdict == "worse"
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "said"),
+    [
+        ({}, {"window_nll": [1.0], "window_tokens": [2]}, "no windows kept; evaluate again"),
+        ({"sha256": "y"}, {}, "another text or vocabulary"),
+        (
+            {"window_nll": [1.0], "window_tokens": [2]},
+            {"window_nll": [2.0], "window_tokens": [2]},
+            "too little text (1 window)",
+        ),
+    ],
+)
+def test_a_text_without_an_interval_says_why(one, two, said):
+    (found,) = text_differences(result_of([None], [0], **one), result_of([None], [0], **two))
+    assert (found.nats, found.missing, found.verdict) == (None, said, "no difference shown")
+    (other, _) = text_differences(result_of([1.0], [2]), result_of([1.0], [3]))
+    assert other.missing == "another vocabulary"
 
 
 @pytest.mark.parametrize(

@@ -685,6 +685,7 @@ def test_as_a_user_runs_it(run, small):  # noqa: F811 (the fixture)
         "compare", "runs/study/original/results.json", "runs/study/top/results.json", "runs/study/drop-last-1/results.json"
     )
     assert "missing" not in compared.stdout
+    assert re.search(r"  the text +no interval: too little text \(1 window\)\n", compared.stdout)
 
 
 @pytest.mark.parametrize(

@@ -436,8 +436,11 @@ class _Run:
             "part": partial(self.data.subjects, mmlu.limit),
             "scores": summary(answers),
             "question_text": question_text(answers),
-            "text": text and {"perplexity": text["perplexity"], "sha256": self._text_inputs()["sha256"]},
-        }
+            "text": text and {
+                "perplexity": text["perplexity"], "sha256": self._text_inputs()["sha256"],
+                "window_nll": text["nll"], "window_tokens": text["tokens"],
+            },
+        }  # fmt: skip
         write_results(path, record | about, answers)
 
     def _source_bytes(self) -> int:
