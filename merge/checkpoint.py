@@ -82,6 +82,7 @@ class Checkpoint:
     stack: str  # what stands before the layer number: "model.layers"
     layers: tuple[Mapping[str, Tensor], ...]
     rest: Mapping[str, Tensor]
+    config_state: tuple[int, int] = (0, 0)  # of config.json, as `ShardFile.state`
 
     @property
     def model_type(self) -> str:
@@ -114,6 +115,7 @@ def read_checkpoint(folder: Path, headers: Mapping[str, tuple[ShardFile, list[Te
     """
     if not folder.is_dir():
         raise ModelNotFoundError(f"{folder} is not a folder; expected one with config.json and *.safetensors")
+    config_state = _state(os.stat(folder / "config.json")) if (folder / "config.json").is_file() else (0, 0)
     config = read_config(folder)
     files: list[ShardFile] = []
     tensors: dict[str, Tensor] = {}
@@ -133,7 +135,7 @@ def read_checkpoint(folder: Path, headers: Mapping[str, tuple[ShardFile, list[Te
         rest |= {name: tensor for name, tensor in tensors.items() if name not in own}
     else:
         stack, layers, rest = _split_layers(folder, tensors, layer_count(config))
-    checkpoint = Checkpoint(folder, config, tuple(files), tensors, stack, layers, rest)
+    checkpoint = Checkpoint(folder, config, tuple(files), tensors, stack, layers, rest, config_state)
     _check_head(checkpoint)
     return checkpoint
 
@@ -196,13 +198,17 @@ def read_header(path: Path) -> tuple[ShardFile, list[Tensor]]:
             f"{path} has {size:,} bytes, expected {position:,} by its header; it is "
             f"{'truncated' if size < position else 'too long'}: download it again"
         )
-    return ShardFile(path.name, size, hashlib.sha256(prefix + raw).hexdigest(), (state.st_ino, state.st_mtime_ns)), tensors
+    return ShardFile(path.name, size, hashlib.sha256(prefix + raw).hexdigest(), _state(state)), tensors
 
 
 def check_unchanged(before: Checkpoint, after: Checkpoint) -> None:
-    """Raises CheckpointError where the config or a file of a folder that is read again is not what it was before."""
-    if (before.config, before.files) != (after.config, after.files):
+    """Raises CheckpointError where the config or a shard of a folder that is read again is not the file that it was before."""
+    if (before.config_state, before.files) != (after.config_state, after.files):
         raise CheckpointError(f"{before.folder} was changed while it was read; run again")
+
+
+def _state(found: os.stat_result) -> tuple[int, int]:
+    return found.st_ino, found.st_mtime_ns
 
 
 def encode_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
