@@ -34,7 +34,7 @@ TEMPLATE = "report.html"
 SHOWN_FLIPS = 60  # questions named for each merge and direction; more are counted
 KINDS = {
     ORIGINAL: "original", "merge": "merge", "drop-last": "top layers dropped", "drop-greedy": "dropped greedily",
-    "dropped": "the merge's layers dropped", "drop-given": "dropped, as given", "uniform": "top layers averaged",
+    "dropped": "its layers dropped", "drop-given": "dropped, as given", "uniform": "top layers averaged",
 }  # fmt: skip
 OUTCOMES = {"better": "beats dropping", "worse": "worse than dropping", "not shown": "no difference shown"}
 
@@ -219,8 +219,8 @@ def _number(value: float | None) -> str:
     """A number of any size in few characters."""
     if value is None or math.isnan(value):
         return "–"  # noqa: RUF001 (a dash in a table)
-    if value >= 1e6:
-        return f"{value:.1e}"
+    if value >= 1e5:
+        return f"{value:.1e}".replace("e+0", "e").replace("e+", "e")
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
