@@ -58,7 +58,10 @@ def parse_json(text: bytes | str, where: str) -> Any:
         raise RecordError(f"{where}: found {constant}, expected finite numbers")
 
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        if (b"\\ud" if isinstance(text, bytes) else "\\ud") in text.lower():  # type: ignore[operator]
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, and could be written nowhere
+        return value
     except RecordError:
         raise
     except (ValueError, RecursionError) as error:  # ValueError covers bad syntax and bad UTF-8

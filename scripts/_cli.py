@@ -24,6 +24,7 @@ from merge.fusion.errors import FusionError
 from merge.source import Source, resolve
 
 CONFIGS = ROOT / "configs"
+LONGEST_MESSAGE = 1800
 
 
 class UsageError(Exception):
@@ -88,7 +89,7 @@ def run(
                 raise stop from None
             raise
     except UsageError as error:
-        result.error(str(error))
+        result.error(_one_line(error))
     except (MergeError, EvalError, FusionError) as error:
         _end(arguments, f"error: {_one_line(error)}{_but_whole(arguments)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
@@ -175,7 +176,9 @@ def _end(arguments: argparse.Namespace, message: str, status: int) -> NoReturn:
 
 
 def _one_line(error: BaseException) -> str:
-    return re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
+    """Its message without line breaks; what was found in a file may be of any length, and is cut."""
+    line = re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
+    return re.sub(r"(\S{200})\S{100,}", r"\1...", line)[:LONGEST_MESSAGE]
 
 
 def relative(path: Path) -> str:

@@ -43,6 +43,7 @@ def options() -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     """Reads the recipe, finds the models, makes the folder."""
     from merge.fusion.assemble import make_parts
+    from merge.fusion.errors import FusionError
     from merge.fusion.make import fuse
     from merge.fusion.recipe import read_recipe
     from merge.source import resolve
@@ -51,7 +52,10 @@ def main(arguments: argparse.Namespace) -> int:
     models = [recipe.host, *recipe.donors]
     sources = [resolve(one.model, revision=one.revision, configs=CONFIGS, headers_only=arguments.dry_run) for one in models]
     distil = recipe.training.distil if recipe.training else None
-    parts = make_parts(recipe, sources, dtype=arguments.dtype)
+    try:
+        parts = make_parts(recipe, sources, dtype=arguments.dtype)
+    except FusionError as error:
+        raise FusionError(f"{arguments.config}: {error}") from error
     if arguments.dry_run:
         print(described(parts))
         return 0

@@ -74,9 +74,12 @@ def main(arguments: argparse.Namespace) -> int:
     content.pop("out", None)
     content = merged(content, _given(arguments))
     if not content.get("model"):
-        raise UsageError("give --model, or a --config that names one")
+        raise UsageError(
+            f"{arguments.config} names no model; give --model" if arguments.config else "give --model, or --config"
+        )
     if not content.get("merges"):
-        raise UsageError("give --alphas FILE [FILE ...], or a --config that names merges")
+        named = f"{arguments.config} names no merges; give --alphas FILE [FILE ...]"
+        raise UsageError(named if arguments.config else "give --alphas FILE [FILE ...], or --config")
     settings = absolute(make_settings(content, str(arguments.config) if arguments.config else "the command line"))
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a study runs in one process; start it without accelerate launch or torchrun")

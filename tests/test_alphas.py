@@ -130,3 +130,14 @@ def test_missing_file(tmp_path):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(RecordError, match="Is a directory"):
         read_alphas(tmp_path / "folder.json")
+
+
+@pytest.mark.parametrize("name", ['"\\ud800"', '"\\uDC00x"', '{"\\ud800": 1}'])
+def test_half_a_character_is_refused(name, tmp_path):
+    """JSON has escapes for halves of characters, which can be written to no file."""
+    (tmp_path / "a.json").write_text(f'{{"name": {name}}}')
+    with pytest.raises(RecordError, match=r"is not valid JSON: .* surrogates not allowed"):
+        read_alphas(tmp_path / "a.json")
+    (tmp_path / "b.json").write_text('{"name": "\\ud83d\\ude00"}')
+    with pytest.raises(RecordError, match="'steps' is missing"):
+        read_alphas(tmp_path / "b.json")

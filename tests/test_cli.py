@@ -6,6 +6,8 @@ import signal
 import pytest
 from _cli import parser, run
 
+from merge.errors import OutputError
+
 
 @pytest.fixture(autouse=True)
 def no_options(monkeypatch):
@@ -42,3 +44,16 @@ def test_an_error_that_nobody_foresaw_is_a_traceback():
 
     with pytest.raises(UnboundLocalError):
         run(main, parser("x", "  x"))
+
+
+def test_a_message_has_a_bounded_length(capsys):
+    """What stands in a broken file may be of any length; what was expected is said all the same."""
+
+    def main(arguments):
+        raise OutputError(f"found {'a' * 5000!r}\n  in row 1, expected a number")
+
+    with pytest.raises(SystemExit):
+        run(main, parser("x", "  x"))
+    said = capsys.readouterr().err
+    assert said.endswith(" in row 1, expected a number\n")
+    assert len(said) < 300
