@@ -91,7 +91,8 @@ def run(
     except UsageError as error:
         result.error(_one_line(error))
     except (MergeError, EvalError, FusionError) as error:
-        _end(arguments, f"error: {_one_line(error)}{_but_whole(arguments)}", 1)
+        said = _one_line(error)
+        _end(arguments, f"error: {said}{'' if 'is whole' in said else _but_whole(arguments)}", 1)
     except (KeyboardInterrupt, _TerminatedError) as error:
         _end(arguments, _how_far(arguments), 143 if isinstance(error, _TerminatedError) else 130)
     except BrokenPipeError:  # the reader of our output left: `... | head`

@@ -1,6 +1,5 @@
 """How scripts end: what `_cli.run` makes of what comes out of `main`."""
 
-import os
 import signal
 
 import pytest
@@ -14,6 +13,7 @@ def no_options(monkeypatch):
     """No command line; signals as they were afterwards."""
     monkeypatch.setattr("sys.argv", ["x.py"])
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -25,8 +25,7 @@ def test_a_library_that_fails_while_it_is_stopped(number, status, capsys):
 
     def main(arguments):
         try:
-            os.kill(os.getpid(), number)
-            signal.pause()
+            signal.raise_signal(number)
         finally:
             raise UnboundLocalError("updated_state")
 

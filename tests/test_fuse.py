@@ -437,7 +437,7 @@ def test_the_script(run, tmp_path):
     assert sum(value.numel() for value in model.parameters()) == found["parameters"]
     (tmp_path / "wrong.yaml").write_text(CONFIG.replace("gate", "mix"))
     assert run("fuse", "--config", "wrong.yaml", "--out", "new", status=1).stderr.startswith(
-        "error: there is no mode 'mix'; there"
+        "error: wrong.yaml: there is no mode 'mix'; there"
     )
     assert not list(tmp_path.glob("new*"))
     assert "is not empty" in run("fuse", "--config", "fuse.yaml", "--out", "out", status=1).stderr

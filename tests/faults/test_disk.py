@@ -15,7 +15,7 @@ from faults.sabotage import KINDS, SHORT
 
 FEW = {"write": 4, "fsync": 2, "rename": 2}
 FEW_LIMITS, MANY_LIMITS = 3, 60
-ROOM, PAGE = "size=256m", 4096
+ROOM, PAGE, SAID = "size=256m", 4096, 1024
 ERRORS = {"write": (errno.EIO, errno.ENOSPC), "fsync": (errno.EIO, errno.ENOSPC), "rename": (errno.EIO, errno.ENOSPC)}
 
 
@@ -91,7 +91,7 @@ def sizes_of(attack, count):
     """Random sizes up to the largest file's; what is said on stdout and stderr, which are files here, has room."""
     largest = max(path.stat().st_size for path in attack.case.work.rglob("*") if path.is_file())
     rng = random.Random(attack.name)
-    return sorted({rng.randrange(PAGE, max(largest, 2 * PAGE)) for _ in range(count)})
+    return sorted({rng.randrange(SAID, max(largest, 2 * SAID)) for _ in range(count)})
 
 
 @pytest.mark.parametrize("name", NAMES)
