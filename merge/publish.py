@@ -72,9 +72,8 @@ def _locked_scratch(target: Path) -> tuple[Path, int]:
             lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.fstat(
-                    lock
-                ).st_nlink:  # a run that started beside this one may have taken it for a dead one's before the lock
+                # Before the lock, a run that started beside this one may have taken it for a dead one's.
+                if os.fstat(lock).st_nlink:
                     return scratch, lock
             except BaseException:
                 os.close(lock)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from faults.commands import commands
 from faults.harness import Ended, Warm
 
@@ -84,9 +85,4 @@ def counted(case: Case) -> int:
     return int((case.work.parent / "count").read_text())
 
 
-needs_root = "mounting takes root"
-
-
-def is_root() -> bool:
-    """Whether file systems can be mounted here."""
-    return os.geteuid() == 0 and shutil.which("mount") is not None
+needs_root = pytest.mark.skipif(os.geteuid() != 0 or shutil.which("mount") is None, reason="mounting takes root")

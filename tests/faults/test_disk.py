@@ -9,7 +9,7 @@ import subprocess
 from contextlib import contextmanager
 
 import pytest
-from faults.attack import Attack, counted, failed_well, is_root, needs_root
+from faults.attack import Attack, counted, failed_well, needs_root
 from faults.commands import NAMES
 from faults.sabotage import KINDS, SHORT
 
@@ -159,7 +159,7 @@ def disks_for(attack, count):
     return sorted({PAGE * (1 + pages * turn // count) for turn in range(count)})
 
 
-@pytest.mark.skipif(not is_root(), reason=needs_root)
+@needs_root
 @pytest.mark.parametrize("name", NAMES)
 def test_disk_fills_up(name, commands_inputs, tmp_path, warm):
     attack = Attack(name, commands_inputs, tmp_path, warm)
@@ -167,7 +167,7 @@ def test_disk_fills_up(name, commands_inputs, tmp_path, warm):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_root(), reason=needs_root)
+@needs_root
 @pytest.mark.parametrize("name", NAMES)
 def test_disks_of_many_sizes_fill_up(name, commands_inputs, tmp_path, warm):
     attack = Attack(name, commands_inputs, tmp_path, warm)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from faults.attack import Attack, failed_well, is_root, needs_root
+from faults.attack import Attack, failed_well, needs_root
 from faults.commands import NAMES, commands
 from faults.harness import content
 
@@ -33,7 +33,7 @@ def mounted(folder: Path, *options: str):
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.skipif(not is_root(), reason=needs_root)
+@needs_root
 def test_sources_on_a_read_only_mount(commands_inputs, tmp_path, warm):
     """Nothing is written beside what is read: no index, no lock, no cache."""
     before = content(commands_inputs)
@@ -54,7 +54,7 @@ def test_sources_on_a_read_only_mount(commands_inputs, tmp_path, warm):
     assert content(commands_inputs) == before
 
 
-@pytest.mark.skipif(not is_root(), reason=needs_root)
+@needs_root
 @pytest.mark.parametrize("name", NAMES)
 def test_target_on_another_file_system(name, commands_inputs, tmp_path, warm):
     """The scratch folder is beside the target, wherever that is, and temporary files are not needed anywhere else."""
@@ -72,7 +72,7 @@ def test_target_on_another_file_system(name, commands_inputs, tmp_path, warm):
         assert sorted(path.name for path in there.iterdir()) == attack.names
 
 
-@pytest.mark.skipif(not is_root(), reason=needs_root)
+@needs_root
 def test_target_is_a_mount_itself(commands_inputs, tmp_path, warm):
     """Its name cannot be given to another folder: one line, and nothing in it or beside it."""
     work = tmp_path / "case" / "work"
@@ -85,7 +85,7 @@ def test_target_is_a_mount_itself(commands_inputs, tmp_path, warm):
     assert [path.name for path in work.iterdir()] == ["out"]
 
 
-@pytest.mark.skipif(not is_root(), reason=needs_root)
+@needs_root
 def test_links_do_not_lead_to_another_file_system(commands_inputs, tmp_path, warm):
     work = tmp_path / "case" / "work"
     work.mkdir(parents=True)
