@@ -12,10 +12,9 @@ import errno
 import fcntl
 import importlib
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from .blueprint import Blend, Blueprint, Output, Shard, Term
 from .checkpoint import Tensor
 from .errors import CheckpointError
 from .runtime import FLOATS, Runtime, compute_dtype, one_thread_each, torch_dtype
+from .threads import Stop, pool_of
 
 if TYPE_CHECKING:
     import torch
@@ -82,7 +82,6 @@ def execute(
         CheckpointError: a source file is shorter than its header says, or a mixed tensor holds NaN or infinities.
         OSError: writing failed.
     """
-    stop = threading.Event()
     with ExitStack() as stack:
         copies: list[_Copy] = []
         sums: deque[_Sum] = deque()
@@ -101,30 +100,23 @@ def execute(
         def drain() -> None:
             with ExitStack() as own:
                 summer = _Summer(blueprint, runtime, own)
-                while not stop.is_set():
+                while not stop.asked:
                     try:
                         job = sums.popleft()
                     except IndexError:
                         return
                     summer.run(job, progress, stop)
 
-        with ThreadPoolExecutor(runtime.workers) as pool:
-            futures: list[Future[None]] = []
-            try:
-                futures += [pool.submit(_or_stop, stop, _copy, job, progress, stop) for job in copies]
-                if sums:
-                    torch = importlib.import_module("torch")  # takes seconds: the copying has begun
-                    stack.enter_context(one_thread_each(torch))
-                    futures += [pool.submit(_or_stop, stop, drain) for _ in range(runtime.workers - 1)]
-                    drain()
-                if not stop.is_set():
-                    meanwhile()
-                _await(futures)
-            except BaseException:
-                stop.set()
-                for future in futures:
-                    future.cancel()
-                raise
+        with pool_of(runtime.workers) as (pool, stop):
+            futures = [pool.submit(_or_stop, stop, _copy, job, progress, stop) for job in copies]
+            if sums:
+                torch = importlib.import_module("torch")  # takes seconds: the copying has begun
+                stack.enter_context(one_thread_each(torch))
+                futures += [pool.submit(_or_stop, stop, drain) for _ in range(runtime.workers - 1)]
+                drain()
+            if not stop.asked:
+                meanwhile()
+            _await(futures)
     return Traffic(
         copied=sum(job.nbytes for job in copies),
         mixed=sum(o.nbytes for s in blueprint.shards if s.linked_to is None for o in s.outputs if not o.kept),
@@ -176,7 +168,7 @@ def _pieces(run: _Copy) -> Iterator[_Copy]:
         yield _Copy(run.source, run.source_start + done, run.target, run.target_start + done, size)
 
 
-def _copy(job: _Copy, progress: Progress, stop: threading.Event) -> None:
+def _copy(job: _Copy, progress: Progress, stop: Stop) -> None:
     try:
         source = os.open(job.source, os.O_RDONLY)
     except OSError as error:
@@ -184,7 +176,7 @@ def _copy(job: _Copy, progress: Progress, stop: threading.Event) -> None:
     try:
         copy_range = _kernel_copy if hasattr(os, "copy_file_range") else _plain_copy
         done = 0
-        while done < job.nbytes and not stop.is_set():
+        while done < job.nbytes and not stop.asked:
             want = min(COPY_CHUNK, job.nbytes - done)
             try:
                 moved = copy_range(source, job.target, want, job.source_start + done, job.target_start + done)
@@ -275,12 +267,12 @@ class _Summer:
         self.gains: dict[str, torch.Tensor] = {}
         self.buffers: dict[tuple[str, str], tuple[torch.Tensor, memoryview]] = {}
 
-    def run(self, job: _Sum, progress: Progress, stop: threading.Event) -> None:
+    def run(self, job: _Sum, progress: Progress, stop: Stop) -> None:
         output = job.output
         columns = output.shape[-1] if output.divisor is not None else 1
         step = max(1, MIX_BLOCK // columns) * columns  # whole rows where columns are scaled
         for first in range(job.first, job.first + job.count, step):
-            if stop.is_set():
+            if stop.asked:
                 return
             count = min(step, job.first + job.count - first)
             value = self._blend(output.blend, first, count) if output.blend else self._sum(output, first, count)
@@ -377,12 +369,12 @@ class _Summer:
             )
 
 
-def _or_stop(stop: threading.Event, work: Callable[..., None], *arguments: object) -> None:
+def _or_stop(stop: Stop, work: Callable[..., None], *arguments: object) -> None:
     """Does the work; if it fails, the other threads end too."""
     try:
         work(*arguments)
     except BaseException:
-        stop.set()
+        stop.asked = True
         raise
 
 

@@ -7,7 +7,6 @@ within rounding of the closed form in float64, which shows that the arithmetic i
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from .records import read_json
 from .report import PLAN_FILE, REPORT_FILE, header_hashes, read_source_record
 from .runtime import decide
 from .source import Source, side_files
+from .threads import pool_of
 
 COMPARE_BLOCK = 4_000_000  # bytes compared at once
 SUM_BLOCK = 131_072  # elements recomputed at once: the float64 buffers stay in the cache
@@ -83,13 +83,15 @@ def verify_folder(
     done = progress(blueprint.bytes_total)
 
     def check(output: Output) -> Verification:
+        if stop.asked:
+            return nothing
         found = result.tensors[output.name]
         one = (_check_kept if output.kept else _check_mixed)(blueprint, output, found, folder / found.file)
         done(output.nbytes)
         return one
 
-    total = Verification(0, 0, 0, 0, 0, 0.0)
-    with ThreadPoolExecutor(decide().workers) as pool:
+    total = nothing = Verification(0, 0, 0, 0, 0, 0.0)
+    with pool_of(decide().workers) as (pool, stop):
         for one in pool.map(check, blueprint.outputs):
             total += one
     return total

@@ -4,6 +4,7 @@ So that a signal meets a command at work, and a hundred of them cost seconds. On
 "arguments", "folder", "environment", "limits"} answers the child's number; {"wait": number} its status as a shell gives it.
 """
 
+import faulthandler
 import gc
 import importlib
 import json
@@ -31,6 +32,7 @@ HEAVY = (
     "pyarrow.parquet",
     "gguf",
 )
+LONGEST = 120  # seconds that a command may take; all are done within ten
 OURS = ("merge.api", "merge.search", "merge.fusion.make", "eval.evaluation", "eval.search", "eval.search_report", "eval.plots")
 
 
@@ -78,6 +80,7 @@ def run(
     os.environ |= environment
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(Path(said) / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    faulthandler.dump_traceback_later(LONGEST, exit=True, file=2)  # what hangs says where, and fails
     path = ROOT / "scripts" / f"{script}.py"
     sys.argv = [str(path), *arguments]
     status = 0
