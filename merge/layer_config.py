@@ -159,7 +159,7 @@ def mixed_attention(plan: Plan, config: Config) -> list[str]:
             used = {kinds[layer] for layer in mix} | {kinds[row.base]}
             if len(used) > 1:
                 of = ", ".join(f"{layer} ({kinds[layer]})" for layer in mix)
-                problems.append(f"row {index} mixes attention of different kinds: layers {of}")
+                problems.append(f"row {index} mixes attention of different kinds: layers {of} by config.json")
                 break
     cut = cut_config(config, plan.keep).config
     by_rule = {key: value for key, value in cut.items() if key not in ("layer_types", "no_rope_layers")}

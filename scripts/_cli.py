@@ -88,6 +88,8 @@ def run(
             if stop := _interruption(error):
                 raise stop from None
             raise
+        finally:
+            _signals_just_end()
     except UsageError as error:
         result.error(_one_line(error))
     except (MergeError, EvalError, FusionError) as error:
@@ -166,6 +168,12 @@ class _TerminatedError(BaseException):
 
 def _terminate(signum: int, frame: Any) -> NoReturn:
     raise _TerminatedError
+
+
+def _signals_just_end() -> None:
+    """All is done or removed: from here on a handler could only put a traceback after the last line."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _end(arguments: argparse.Namespace, message: str, status: int) -> NoReturn:

@@ -42,6 +42,7 @@ def options() -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
     """Reads the recipe, finds the models, makes the folder."""
+    from merge.errors import ModelNotFoundError
     from merge.fusion.assemble import make_parts
     from merge.fusion.errors import FusionError
     from merge.fusion.make import fuse
@@ -50,12 +51,12 @@ def main(arguments: argparse.Namespace) -> int:
 
     recipe = change(read_recipe(arguments.config), arguments)
     models = [recipe.host, *recipe.donors]
-    sources = [resolve(one.model, revision=one.revision, configs=CONFIGS, headers_only=arguments.dry_run) for one in models]
     distil = recipe.training.distil if recipe.training else None
     try:
+        sources = [resolve(one.model, revision=one.revision, configs=CONFIGS, headers_only=arguments.dry_run) for one in models]
         parts = make_parts(recipe, sources, dtype=arguments.dtype)
-    except FusionError as error:
-        raise FusionError(f"{arguments.config}: {error}") from error
+    except (FusionError, ModelNotFoundError) as error:
+        raise type(error)(f"{arguments.config}: {error}") from error
     if arguments.dry_run:
         print(described(parts))
         return 0

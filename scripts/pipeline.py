@@ -91,13 +91,14 @@ def main(arguments: argparse.Namespace) -> int:
     from eval.pipeline.report import text_table, write_report
     from eval.pipeline.run import run_study
     from eval.pipeline.summary import answer, read_study, verdicts
+    from merge.errors import ModelNotFoundError
     from merge.publish import write_whole
 
     command = f"python scripts/pipeline.py {shlex.join(sys.argv[1:])}"
-    failed = run_study(
-        settings, out, configs=CONFIGS, resume=arguments.resume, command=command,
-        bars=bars(arguments.quiet),
-    )  # fmt: skip
+    try:
+        failed = run_study(settings, out, configs=CONFIGS, resume=arguments.resume, command=command, bars=bars(arguments.quiet))
+    except ModelNotFoundError as error:
+        raise error if arguments.model else ModelNotFoundError(f"{arguments.config}: {error}") from error
     study = read_study(out)
     write_whole(out / "table.txt", text_table(study) + "\n")
     print(text_table(study))

@@ -56,3 +56,16 @@ def test_a_message_has_a_bounded_length(capsys):
     said = capsys.readouterr().err
     assert said.endswith(" in row 1, expected a number\n")
     assert len(said) < 300
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_signal_after_the_end_just_ends_the_process(fails):
+    """A handler that raised while the interpreter cleans up would print a traceback after the last line."""
+
+    def main(arguments):
+        if fails:
+            raise OutputError("no room")
+
+    with pytest.raises(SystemExit):
+        run(main, parser("x", "  x"))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [signal.SIG_DFL] * 2
