@@ -85,59 +85,60 @@ def evaluate_mmlu(
         key = {"model": source.spec, "files": files, **settings, "question_text": measure_questions}
         kept = Progress(progress_path(out), key, resume=resume)
         lm.barrier()  # the others have read what was finished before the first one writes
-        if lm.rank == 0:
+    with contextlib.closing(kept) if kept else contextlib.nullcontext():
+        if kept and lm.rank == 0:
             kept.start()
-    finished = kept.finished if kept else {}
-    missing = [subject for subject in subjects if subject.name not in finished]
-    count = num_questions(missing, limit)
-    advance = progress(count)
-    started = time.perf_counter()
-    ask(
-        lm,
-        missing,
-        num_fewshot,
-        limit,
-        convention=convention,
-        question_text=measure_questions,
-        done=kept.add if kept else finished.__setitem__,
-        answered=lambda requests: advance(requests * lm.world_size / CHOICES),
-    )
-    seconds = time.perf_counter() - started
-    work = total_work(lm)
-    if lm.rank != 0:
-        _together(lm)
-        return None
+        finished = kept.finished if kept else {}
+        missing = [subject for subject in subjects if subject.name not in finished]
+        count = num_questions(missing, limit)
+        advance = progress(count)
+        started = time.perf_counter()
+        ask(
+            lm,
+            missing,
+            num_fewshot,
+            limit,
+            convention=convention,
+            question_text=measure_questions,
+            done=kept.add if kept else finished.__setitem__,
+            answered=lambda requests: advance(requests * lm.world_size / CHOICES),
+        )
+        seconds = time.perf_counter() - started
+        work = total_work(lm)
+        if lm.rank != 0:
+            _together(lm)
+            return None
 
-    answers = [answer for subject in subjects for answer in finished[subject.name]]
-    measured = asdict(text_perplexity(lm, text, max_tokens=text_tokens)) if text is not None else None
-    questions = question_text(answers)
-    why = "the prompts are longer than the model's window" if measure_questions else "not asked for"
-    about_text = {"file": text_name, "sha256": hashlib.sha256((text or "").encode()).hexdigest()}
-    record: dict[str, Any] = {
-        "model": source.spec,
-        "plan": plan_beside(source.folder),
-        **settings,
-        "part": partial(subjects, limit),
-        "device": placement.device,
-        "processes": lm.world_size,
-        "scores": summary(answers),
-        "question_text": questions,
-        "question_text_missing": None if questions else why,
-        "text": measured and measured | about_text | {"vocabulary": len(lm.tokenizer)},
-        "text_missing": None if measured else text_missing,
-        "continuation": {"prompt": PROMPT, "text": continuation(lm, PROMPT)},
-        "time_s": round(seconds, 2),
-        "questions_per_s": round(count / max(seconds, 1e-9), 2),
-        "tokens": asdict(work),
-        "prefixes_shared": lm.not_shared_because is None,
-        "not_shared_because": lm.not_shared_because,
-        **peak_memory(lm),
-    }
-    if out is not None and kept is not None:
-        write_results(out, record, answers)
-        kept.remove()
-    _together(lm)
-    return record, answers
+        answers = [answer for subject in subjects for answer in finished[subject.name]]
+        measured = asdict(text_perplexity(lm, text, max_tokens=text_tokens)) if text is not None else None
+        questions = question_text(answers)
+        why = "the prompts are longer than the model's window" if measure_questions else "not asked for"
+        about_text = {"file": text_name, "sha256": hashlib.sha256((text or "").encode()).hexdigest()}
+        record: dict[str, Any] = {
+            "model": source.spec,
+            "plan": plan_beside(source.folder),
+            **settings,
+            "part": partial(subjects, limit),
+            "device": placement.device,
+            "processes": lm.world_size,
+            "scores": summary(answers),
+            "question_text": questions,
+            "question_text_missing": None if questions else why,
+            "text": measured and measured | about_text | {"vocabulary": len(lm.tokenizer)},
+            "text_missing": None if measured else text_missing,
+            "continuation": {"prompt": PROMPT, "text": continuation(lm, PROMPT)},
+            "time_s": round(seconds, 2),
+            "questions_per_s": round(count / max(seconds, 1e-9), 2),
+            "tokens": asdict(work),
+            "prefixes_shared": lm.not_shared_because is None,
+            "not_shared_because": lm.not_shared_because,
+            **peak_memory(lm),
+        }
+        if out is not None and kept is not None:
+            write_results(out, record, answers)
+            kept.remove()
+        _together(lm)
+        return record, answers
 
 
 def evaluate_tasks(

@@ -1,13 +1,14 @@
 """What a long evaluation has finished, kept on disk subject by subject, so that one that was stopped can go on."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from merge.errors import OutputError
-from merge.publish import write_whole
+from merge.publish import lock_file, whole_file
 
 from .errors import DataError
 from .results import Answer
@@ -20,6 +21,8 @@ def progress_path(out: Path) -> Path:
 
 class Progress:
     """Finished subjects of a run that is under way, under the settings that they were asked with.
+
+    From `start` to `close` the file is this process's alone.
 
     Args:
         path: a file of JSON lines, the settings first.
@@ -34,6 +37,7 @@ class Progress:
         self.path = path
         self.header = json.dumps(settings, sort_keys=True)
         self.finished: dict[str, list[Answer]] = {}
+        self._lock: int | None = None
         lines = path.read_text(encoding="utf-8").splitlines() if resume and path.is_file() else []
         if lines and lines[0] != self.header:
             raise DataError(f"{path} is of a run with other options or another model; run with --overwrite to begin again")
@@ -46,8 +50,18 @@ class Progress:
                 break  # the line that was being written
 
     def start(self) -> None:
-        """Writes what was finished, without a line that was being written when the earlier run stopped."""
-        write_whole(self.path, "\n".join([self.header, *map(self._line, self.finished)]) + "\n")
+        """Writes what was finished, without a line that was being written when the earlier run stopped.
+
+        Raises:
+            OutputError: another run uses the file, or it cannot be written.
+        """
+        before = lock_file(self.path)
+        try:
+            with whole_file(self.path) as scratch:
+                scratch.write_text("\n".join([self.header, *map(self._line, self.finished)]) + "\n", encoding="utf-8")
+                self._lock = lock_file(scratch)
+        finally:
+            os.close(before)
 
     def add(self, subject: str, answers: Sequence[Answer]) -> None:
         """Keeps the answers of a finished subject.
@@ -65,6 +79,13 @@ class Progress:
     def remove(self) -> None:
         """The results are written; nothing is under way any more."""
         self.path.unlink(missing_ok=True)
+        self.close()
+
+    def close(self) -> None:
+        """Another run may go on with it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _line(self, subject: str) -> str:
         return json.dumps({"subject": subject, "answers": [asdict(answer) for answer in self.finished[subject]]})

@@ -112,6 +112,27 @@ def work_folder(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def lock_file(path: Path) -> int:
+    """A descriptor of a file, created where it is not there, that no other process has while this one is open.
+
+    Raises:
+        OutputError: another process has it, or it cannot be created.
+    """
+    in_use = f"{path} is in use by another run; wait for it, or give another --out"
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise _cannot_be_written(path, error) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not (path.exists() and os.path.samestat(path.stat(), os.fstat(lock))):  # replaced or removed by its last user
+            raise OutputError(in_use)
+    except BaseException as error:
+        os.close(lock)
+        raise OutputError(in_use) if isinstance(error, BlockingIOError) else error from None
+    return lock
+
+
 def check_target(target: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
     """Raises OutputError unless a folder may be published under this name."""
     if target.is_symlink():

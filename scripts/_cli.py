@@ -80,13 +80,15 @@ def run(
         _complete(result)
     arguments = result.parse_args()
     arguments.stopped = stopped
+    stops: list[BaseException] = []
     try:
         try:
             _prepare(arguments)
+            _handle_signals(stops)
             sys.exit(main(arguments) or 0)
-        except Exception as error:
-            if stop := _interruption(error):
-                raise stop from None
+        except Exception:
+            if stops:  # came first, and a library made an error of its own of it, as Optuna and safetensors may
+                raise stops[0] from None
             raise
         finally:
             _signals_just_end()
@@ -111,13 +113,6 @@ def run(
         _end(arguments, f"error: {where}{error.strerror or _one_line(error)}{_but_whole(arguments)}", 1)
 
 
-def _interruption(error: BaseException | None) -> BaseException | None:
-    """Ctrl-C or SIGTERM that came first, where the clean-up of a library ended in an error of its own, as Optuna's may."""
-    while error is not None and not isinstance(error, (KeyboardInterrupt, _TerminatedError)):
-        error = error.__context__
-    return error
-
-
 def publishes(arguments: argparse.Namespace, out: Path) -> None:
     """Says which folder `main` is about to make: if Ctrl-C or an error comes after it has appeared, that is what is said."""
     arguments.publishes = (out, _inode(out))
@@ -140,7 +135,7 @@ def _inode(path: Path) -> int | None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    """How much is said, and what SIGTERM does."""
+    """How much is said."""
     level = [logging.WARNING, logging.INFO, logging.DEBUG][min(arguments.verbose, 2)]
     logging.basicConfig(format="%(message)s", level=logging.ERROR if arguments.quiet else level, stream=sys.stderr)
     for noisy in ("httpx", "httpx2", "httpcore", "filelock", "urllib3", "fsspec", "asyncio"):
@@ -149,8 +144,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.quiet or not sys.stderr.isatty():
         disable_progress_bars()  # the Hub's own; ours ask the terminal themselves
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, _terminate)
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # workers just end
 
 
 def _complete(result: argparse.ArgumentParser) -> NoReturn:
@@ -166,14 +159,24 @@ class _TerminatedError(BaseException):
     """SIGTERM, so that what is half-written is removed on the way out."""
 
 
-def _terminate(signum: int, frame: Any) -> NoReturn:
-    raise _TerminatedError
+def _handle_signals(stops: list[BaseException]) -> None:
+    """Ctrl-C and SIGTERM are raised, and noted in `stops`."""
+
+    def stop(number: int, frame: Any) -> NoReturn:
+        stops.append(_TerminatedError() if number == signal.SIGTERM else KeyboardInterrupt())
+        raise stops[-1]
+
+    signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
+        signal.signal(signal.SIGINT, stop)
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))  # workers just end
 
 
 def _signals_just_end() -> None:
     """All is done or removed: from here on a handler could only put a traceback after the last line."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _end(arguments: argparse.Namespace, message: str, status: int) -> NoReturn:

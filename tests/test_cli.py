@@ -1,6 +1,7 @@
 """How scripts end: what `_cli.run` makes of what comes out of `main`."""
 
 import signal
+from contextlib import suppress
 
 import pytest
 from _cli import parser, run
@@ -19,15 +20,28 @@ def no_options(monkeypatch):
         signal.signal(number, handler)
 
 
+def fails_in_its_clean_up(number):
+    """As Optuna may."""
+    try:
+        signal.raise_signal(number)
+    finally:
+        raise UnboundLocalError("updated_state")
+
+
+def loses_it(number):
+    """As safetensors may: what it raises has no context."""
+    with suppress(BaseException):
+        signal.raise_signal(number)
+    raise ValueError("could not determine the shape")
+
+
+@pytest.mark.parametrize("library", [fails_in_its_clean_up, loses_it])
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_library_that_fails_while_it_is_stopped(number, status, capsys):
-    """The person asked for the end; what a clean-up says of itself is not it."""
+def test_a_library_that_fails_while_it_is_stopped(number, status, library, capsys):
+    """The person asked for the end; what a library says of it is not it."""
 
     def main(arguments):
-        try:
-            signal.raise_signal(number)
-        finally:
-            raise UnboundLocalError("updated_state")
+        library(number)
 
     with pytest.raises(SystemExit) as ended:
         run(main, parser("x", "  x"), "stopped; nothing was written")

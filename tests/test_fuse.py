@@ -281,6 +281,41 @@ def test_one_run_at_a_time(tmp_path, tiny_cache):
     assert [path.name for path in (tmp_path / "deep" / "er").iterdir()] == ["out"]
 
 
+def test_what_a_killed_run_left_behind_its_finished_folder_is_removed(tmp_path, tiny_cache, monkeypatch):
+    parts, work = parts_of(recipe_of(), tiny_cache), tmp_path / "out.work"
+
+    def killed(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("merge.fusion.make._empty", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fuse(parts, tmp_path / "out")
+    assert (work / "assembled").is_dir()
+    with work_folder(work), pytest.raises(OutputError, match="not empty; choose another name"):
+        fuse(parts, tmp_path / "out")
+    assert (work / "assembled").is_dir()  # in use
+    with pytest.raises(OutputError, match="not empty; choose another name"):
+        fuse(parts, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    load(tmp_path / "out")
+
+
+def test_what_another_run_goes_on_with_is_kept(tmp_path, tiny_cache, monkeypatch):
+    """A finished folder of that name says nothing of it."""
+    (tmp_path / "other").mkdir()
+    fuse(parts_of(recipe_of(), tiny_cache), tmp_path / "other" / "out")
+    parts = parts_of(recipe_of(), tiny_cache)
+    with monkeypatch.context() as patched:
+        patched.setattr("merge.fusion.make._publish", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            fuse(parts, tmp_path / "out")
+    (tmp_path / "other" / "out").rename(tmp_path / "out")
+    with pytest.raises(OutputError, match="not empty; choose another name"):
+        fuse(parts, tmp_path / "out")
+    assert (tmp_path / "out.work" / "assembled").is_dir()
+
+
 @pytest.mark.parametrize("change", [{"gradient_accumulation_steps": 3}, {"distil": "tiny-model-that-is-not-there"}], ids=str)
 def test_what_would_fail_later_is_refused_before_anything_is_written(tmp_path, tiny_cache, text, change):
     recipe = recipe_of(text)

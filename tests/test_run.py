@@ -15,7 +15,10 @@ from tiny import ROOT, load, tiny_source
 
 from eval.errors import DataError
 from eval.lm import PrefixLM
+from eval.progress import Progress
+from eval.results import Answer
 from eval.run import plain_text, text_perplexity
+from merge.errors import OutputError
 
 TASKS = {
     "mine_choice": {
@@ -157,6 +160,23 @@ def test_what_is_finished_is_kept(sent, run, tmp_path):
     done = run("eval_mmlu", *command, "--resume")
     assert not progress.exists()
     assert json.loads(done.stdout.splitlines()[-1])["micro"]["count"] == 6
+
+
+def test_progress_is_one_process_s_alone(tmp_path):
+    answer = Answer("anatomy", 0, (0.0, -1.0, -2.0, -3.0), 0, 0)
+    one, two = (Progress(tmp_path / "r.progress.jsonl", {}, resume=True) for _ in range(2))
+    one.start()
+    with pytest.raises(OutputError, match="in use by another run; wait for it"):
+        two.start()
+    one.add("anatomy", [answer])
+    one.close()
+    three = Progress(one.path, {}, resume=True)
+    assert three.finished == {"anatomy": [answer]}
+    three.start()
+    three.remove()
+    two.start()
+    two.remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_partial_output_is_refused(run, copy_of, llama, tmp_path):

@@ -369,6 +369,7 @@ class _Run:
                     return {"questions": count}
 
                 done = self._timed("mmlu", arm, answer)
+            progress.close()
             kept.put("mmlu", inputs, done)
         else:
             log.info("%s: mmlu is done already", arm.name)

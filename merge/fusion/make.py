@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ..errors import RecordError
+from ..errors import OutputError, RecordError
 from ..execute import Progress
 from ..publish import check_target, new_folder, work_folder
 from ..runtime import FLOATS, torch_dtype
@@ -74,9 +74,11 @@ def fuse(
     Raises:
         FusionError, MergeError: what cannot be read, fused, trained or written; `out` is as it was.
     """
-    check_target(out, overwrite=overwrite, marker=RECORD_FILE)
     work = out.with_name(f"{out.name}.work")
     assembled, writes = work / "assembled", accelerator is None or accelerator.is_main_process
+    if writes:
+        _remove_published(work, assembled, out)
+    check_target(out, overwrite=overwrite, marker=RECORD_FILE)
     data = _data(parts)  # what is wrong with the text, the batch or the teacher is found before anything is written
     if parts.recipe.training is not None:
         check_batch(parts.recipe.training, 1 if accelerator is None else accelerator.num_processes)
@@ -91,8 +93,7 @@ def fuse(
             trained, before = _train(parts, work, data, accelerator or Accelerator(cpu=device == "cpu"), training, teacher)
         if writes:
             _publish(parts, assembled, out, trained, overwrite)
-            for path in work.iterdir():
-                shutil.rmtree(path, ignore_errors=True)
+            _empty(work)
     combination = parts.combination
     if trained is None:
         return Fused(combination.parameters, combination.fuser_parameters)
@@ -246,6 +247,19 @@ def _publish(parts: Parts, assembled: Path, out: Path, trained: Trained | None, 
         assert recipe is not None
         told = {"updates": len(trained.log), "time_s": round(trained.time_s, 2), "settings": asdict(recipe)}
         write_json(scratch / RECORD_FILE, read_record(assembled) | {"training": told, "written": int(time.time())})
+
+
+def _remove_published(work: Path, assembled: Path, out: Path) -> None:
+    """Removes what a run has left that was killed just after `out` had appeared, and been linked to what it was made of."""
+    one, two = assembled / "config.json", out / "config.json"
+    if one.is_file() and two.is_file() and one.samefile(two):
+        with suppress(OutputError), work_folder(work):  # in use: its owner lives, and will remove it
+            _empty(work)
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:

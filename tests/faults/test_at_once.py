@@ -1,4 +1,4 @@
-"""Two at once: merges into one name, searches in one study, and a merge whose source is replaced under it."""
+"""Two at once: merges into one name, searches in one study, evaluations into one file; a source replaced under a merge."""
 
 import random
 import shutil
@@ -122,6 +122,38 @@ def test_many_searches_in_one_study(commands_inputs, tmp_path, warm, other):
     totals = two_searches(commands_inputs, tmp_path, warm, other, 40)
     assert set(totals) <= {TRIALS, TRIALS + 1}
     print(f"two searches at once 40 times: {totals.count(TRIALS)} times {TRIALS} trials, {totals.count(TRIALS + 1)} one more")
+
+
+def two_evaluations(inputs, folder, warm, other, count):
+    """Two evaluations with one --out; returns how often the second was refused."""
+    command, refused = commands(inputs)["eval"], 0
+    alone = folder / "alone" / "work"
+    assert warm.run(command.script, command.arguments, alone).status == 0
+    expected = command.same(alone)
+    for turn in range(count):
+        work = folder / str(turn) / "work"
+        work.mkdir(parents=True)
+        ended = at_once([(process, command.script, command.arguments, work, 0.0) for process in (warm, other)])
+        assert any(one.status == 0 for one in ended), [one.stderr for one in ended]
+        for one in ended:
+            if one.status != 0:
+                refused += 1
+                failed_well(one, f"turn {turn}")
+                assert "is in use by another run; wait for it" in one.stderr
+        assert command.same(work) == expected
+        assert sorted(path.name for path in work.iterdir()) == sorted(path.name for path in alone.iterdir())
+        shutil.rmtree(work.parent)
+    return refused
+
+
+def test_two_evaluations_into_one_file(commands_inputs, tmp_path, warm, other):
+    assert two_evaluations(commands_inputs, tmp_path, warm, other, FEW) > 0
+
+
+@pytest.mark.slow
+def test_very_many_evaluations_into_one_file(commands_inputs, tmp_path, warm, other):
+    refused = two_evaluations(commands_inputs, tmp_path, warm, other, MANY)
+    print(f"two evaluations at once {MANY} times: the second was refused {refused} times")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
