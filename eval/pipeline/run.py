@@ -22,7 +22,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from hashlib import sha256 as sha256_of
@@ -359,7 +359,7 @@ class _Run:
             kept.folder.mkdir(parents=True, exist_ok=True)
             progress.start()
             count = num_questions(missing, how.limit)
-            with self.bars(f"{arm.name}: MMLU", "question", count) as bar:
+            with closing(progress), self.bars(f"{arm.name}: MMLU", "question", count) as bar:
 
                 def answer() -> dict[str, Any]:
                     ask(
@@ -369,7 +369,6 @@ class _Run:
                     return {"questions": count}
 
                 done = self._timed("mmlu", arm, answer)
-            progress.close()
             kept.put("mmlu", inputs, done)
         else:
             log.info("%s: mmlu is done already", arm.name)
