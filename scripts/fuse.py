@@ -76,11 +76,9 @@ def main(arguments: argparse.Namespace) -> int:
         found = fuse(
             parts, out, device=device, accelerator=accelerator,
             teacher=resolve(distil, configs=CONFIGS) if distil else None, overwrite=arguments.overwrite,
-            command=shlex.join(["python", *sys.argv]), copying=bar("copying", arguments.quiet), training=told,
+            command=shlex.join(["python", *sys.argv]), copying=bar("copying", arguments.quiet), training=told, draw=draw,
         )  # fmt: skip
     if first:
-        if recipe.training and not arguments.quiet:
-            draw(out, found.held_out_before)
         print(in_words(parts, found))
         print(json.dumps({"out": str(out), **asdict(found)}))
     return 0
@@ -146,12 +144,12 @@ def in_words(parts: Any, found: Any) -> str:
     return "\n".join(said)
 
 
-def draw(out: Path, held_out_before: float | None) -> None:
-    """The loss curve beside the result."""
+def draw(folder: Path, held_out_before: float | None) -> None:
+    """The loss curve beside its log."""
     from eval.plots import loss_curve
     from merge.fusion.make import LOG_FILE
 
-    loss_curve(out / LOG_FILE, out / "training.png", held_out_before)
+    loss_curve(folder / LOG_FILE, folder / "training.png", held_out_before)
 
 
 if __name__ == "__main__":

@@ -307,7 +307,7 @@ def test_what_another_run_goes_on_with_is_kept(tmp_path, tiny_cache, monkeypatch
     fuse(parts_of(recipe_of(), tiny_cache), tmp_path / "other" / "out")
     parts = parts_of(recipe_of(), tiny_cache)
     with monkeypatch.context() as patched:
-        patched.setattr("merge.fusion.make._publish", lambda *arguments: 1 / 0)
+        patched.setattr("merge.fusion.make._fill", lambda *arguments: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fuse(parts, tmp_path / "out")
     (tmp_path / "other" / "out").rename(tmp_path / "out")

@@ -64,12 +64,14 @@ def fuse(
     command: str = "",
     copying: Callable[[int], Progress] = lambda total: lambda done: None,
     training: Callable[[int, Mapping[str, float]], object] = lambda tokens, row: None,
+    draw: Callable[[Path, float | None], object] = lambda folder, held_out_before: None,
 ) -> Fused:
     """Makes the folder `out`; in each of several processes under `accelerate launch`, of which the first writes.
 
     Args:
         teacher: what the recipe's `distil` names, by default as `resolve` finds it.
         training: told after every update of its tokens and its row of the log.
+        draw: adds a picture of the training to the folder before that appears; told of the held-out loss before.
 
     Raises:
         FusionError, MergeError: what cannot be read, fused, trained or written; `out` is as it was.
@@ -92,7 +94,10 @@ def fuse(
         if data is not None:
             trained, before = _train(parts, work, data, accelerator or Accelerator(cpu=device == "cpu"), training, teacher)
         if writes:
-            _publish(parts, assembled, out, trained, overwrite)
+            with new_folder(out, overwrite=overwrite, marker=RECORD_FILE) as scratch:
+                _fill(scratch, parts, assembled, trained)
+                if trained is not None:
+                    draw(scratch, before)
             _empty(work)
     combination = parts.combination
     if trained is None:
@@ -229,24 +234,23 @@ def check_finite(model: FusionForCausalLM, ids: torch.Tensor, names: Sequence[st
             number += 1
 
 
-def _publish(parts: Parts, assembled: Path, out: Path, trained: Trained | None, overwrite: bool) -> None:
+def _fill(scratch: Path, parts: Parts, assembled: Path, trained: Trained | None) -> None:
     """Backbones are linked, so that nothing large is written twice; what training changed is written anew."""
-    with new_folder(out, overwrite=overwrite, marker=RECORD_FILE) as scratch:
-        for path in sorted(assembled.iterdir()):
-            changed = trained is not None and path.name in (FUSERS_FILE, RECORD_FILE)
-            if not changed:
-                _link(path, scratch / path.name)
-        if trained is None:
-            return
-        tensors = load_file(assembled / FUSERS_FILE) | trained.values
-        host = parts.blueprints[0]
-        stored = next(iter({FLOATS[out.dtype] for out in host.outputs if out.dtype in FLOATS}), "float32")
-        save_file(as_dtype(tensors, stored), scratch / FUSERS_FILE, {"format": "pt"})
-        (scratch / LOG_FILE).write_text(log_text(trained.log))
-        recipe = parts.recipe.training
-        assert recipe is not None
-        told = {"updates": len(trained.log), "time_s": round(trained.time_s, 2), "settings": asdict(recipe)}
-        write_json(scratch / RECORD_FILE, read_record(assembled) | {"training": told, "written": int(time.time())})
+    for path in sorted(assembled.iterdir()):
+        changed = trained is not None and path.name in (FUSERS_FILE, RECORD_FILE)
+        if not changed:
+            _link(path, scratch / path.name)
+    if trained is None:
+        return
+    tensors = load_file(assembled / FUSERS_FILE) | trained.values
+    host = parts.blueprints[0]
+    stored = next(iter({FLOATS[out.dtype] for out in host.outputs if out.dtype in FLOATS}), "float32")
+    save_file(as_dtype(tensors, stored), scratch / FUSERS_FILE, {"format": "pt"})
+    (scratch / LOG_FILE).write_text(log_text(trained.log))
+    recipe = parts.recipe.training
+    assert recipe is not None
+    told = {"updates": len(trained.log), "time_s": round(trained.time_s, 2), "settings": asdict(recipe)}
+    write_json(scratch / RECORD_FILE, read_record(assembled) | {"training": told, "written": int(time.time())})
 
 
 def _remove_published(work: Path, assembled: Path, out: Path) -> None:

@@ -79,7 +79,7 @@ def without_times(value):
 
 def weights(folder):
     """All files but those that say when and how fast they were made, and the card, which may name the command."""
-    timed = ("report.json", "README.md", "fusion.json", "training.png")  # a picture is drawn when the folder is there
+    timed = ("report.json", "README.md", "fusion.json", "training.png")
     found = {name: data for name, data in content(folder).items() if name not in timed}
     if "training.csv" in found:  # its last column is seconds
         found["training.csv"] = [line.rpartition(b",")[0] for line in found["training.csv"].splitlines()]
