@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -163,9 +164,19 @@ def _handle_signals(stops: list[BaseException]) -> None:
     """Ctrl-C and SIGTERM are raised, and noted in `stops`."""
 
     def stop(number: int, frame: Any) -> NoReturn:
+        logging.getLogger("sqlalchemy").setLevel(logging.CRITICAL)  # of connections that it cannot close in order
         stops.append(_TerminatedError() if number == signal.SIGTERM else KeyboardInterrupt())
         raise stops[-1]
 
+    def lost(unraisable: Any) -> None:
+        """Python drops what is raised while it removes an object; the signal comes again, when it has done that."""
+        if not isinstance(unraisable.exc_value, (KeyboardInterrupt, _TerminatedError)):
+            sys.__unraisablehook__(unraisable)
+            return
+        number = signal.SIGINT if isinstance(unraisable.exc_value, KeyboardInterrupt) else signal.SIGTERM
+        threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number]).start()
+
+    sys.unraisablehook = lost
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, stop)

@@ -1,6 +1,8 @@
 """How scripts end: what `_cli.run` makes of what comes out of `main`."""
 
 import signal
+import sys
+import time
 from contextlib import suppress
 
 import pytest
@@ -15,6 +17,7 @@ def no_options(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x.py"])
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C
+    monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -70,6 +73,29 @@ def test_a_message_has_a_bounded_length(capsys):
     said = capsys.readouterr().err
     assert said.endswith(" in row 1, expected a number\n")
     assert len(said) < 300
+
+
+class Removed:
+    """Is interrupted while Python removes it, which drops whatever is raised."""
+
+    def __init__(self, number):
+        self.number = number
+
+    def __del__(self):
+        signal.raise_signal(self.number)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_that_python_drops_comes_again(number, status, capsys):
+    def main(arguments):
+        one = Removed(number)
+        del one
+        time.sleep(60)
+
+    with pytest.raises(SystemExit) as ended:
+        run(main, parser("x", "  x"), "stopped; nothing was written")
+    assert ended.value.code == status
+    assert capsys.readouterr().err == "stopped; nothing was written\n"
 
 
 @pytest.mark.parametrize("fails", [False, True])
