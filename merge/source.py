@@ -88,10 +88,15 @@ def resolve(
         if configs is None:
             raise ModelNotFoundError(f"{spec}: tiny models need the configs folder of a checkout")
         return Source(spec, tiny_folder(spec.removeprefix(PREFIX), configs, cache))
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(spec).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~somebody who is not there
+        why = getattr(error, "strerror", None) or error
+        raise ModelNotFoundError(f"{spec}: {why}; expected a folder, a .gguf file or a Hub id such as org/name") from error
+    if is_folder:
         return Source(str(path.resolve()), path)
-    if path.is_file():
+    if is_file:
         if path.suffix != ".gguf":
             raise ModelNotFoundError(f"{spec} is a file; expected a folder, a .gguf file or a Hub id such as org/name")
         return Source(str(path.resolve()), convert_gguf(path, cache))

@@ -110,8 +110,8 @@ def run(
             raise
         _end(arguments, f"error: {_one_line(error).partition('. ')[0]}", 1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _end(arguments, f"error: {where}{error.strerror or _one_line(error)}{_but_whole(arguments)}", 1)
+        said = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else error.strerror or error
+        _end(arguments, f"error: {_one_line(said)}{_but_whole(arguments)}", 1)
 
 
 def publishes(arguments: argparse.Namespace, out: Path) -> None:
@@ -176,7 +176,13 @@ def _handle_signals(stops: list[BaseException]) -> None:
         number = signal.SIGINT if isinstance(unraisable.exc_value, KeyboardInterrupt) else signal.SIGTERM
         threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number]).start()
 
+    def elsewhere(failed: Any) -> None:
+        """Another thread has found what the main thread left when it was stopped, a locked database for one."""
+        if not stops:
+            threading.__excepthook__(failed)
+
     sys.unraisablehook = lost
+    threading.excepthook = elsewhere
     signal.signal(signal.SIGTERM, stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where a shell has it ignored
         signal.signal(signal.SIGINT, stop)
@@ -198,7 +204,7 @@ def _end(arguments: argparse.Namespace, message: str, status: int) -> NoReturn:
     sys.exit(status)
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: object) -> str:
     """Its message without line breaks; what was found in a file may be of any length, and is cut."""
     line = re.sub(r"\s*\n\s*", " ", str(error)).strip() or type(error).__name__
     return re.sub(r"(\S{200})\S{100,}", r"\1...", line)[:LONGEST_MESSAGE]

@@ -2,8 +2,10 @@
 
 import signal
 import sys
+import threading
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from _cli import parser, run
@@ -18,6 +20,7 @@ def no_options(monkeypatch):
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C
     monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr("threading.excepthook", threading.__excepthook__)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -73,6 +76,32 @@ def test_a_message_has_a_bounded_length(capsys):
     said = capsys.readouterr().err
     assert said.endswith(" in row 1, expected a number\n")
     assert len(said) < 300
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_thread_that_fails_after_a_signal_is_not_what_is_said(stopped, capsys):
+    """It finds what the main thread has left; without a signal it is a defect, and is printed."""
+
+    def main(arguments):
+        thread = threading.Thread(target=lambda: 1 / 0)
+        with suppress(KeyboardInterrupt):
+            if stopped:
+                signal.raise_signal(signal.SIGINT)
+        thread.start()
+        thread.join()
+
+    with pytest.raises(SystemExit):
+        run(main, parser("x", "  x"))
+    assert ("ZeroDivisionError" in capsys.readouterr().err) is not stopped
+
+
+def test_a_file_name_has_a_bounded_length(capsys):
+    def main(arguments):
+        Path("a" * 10_000).read_text()
+
+    with pytest.raises(SystemExit):
+        run(main, parser("x", "  x"))
+    assert capsys.readouterr().err == f"error: {'a' * 200}... File name too long\n"
 
 
 class Removed:

@@ -391,6 +391,8 @@ def test_bad_shard_size(run):
 def test_unknown_models(run):
     refused(run, "no tiny model 'llama9'; known: gemma-2b", model="tiny:llama9")
     refused(run, "no such folder or file", model="./nothing/here/at/all")
+    refused(run, "expected a folder, a .gguf file or a Hub id", model="a" * 5000)
+    refused(run, "home directory", model="~nobody-of-this-name/model")
     refused(run, "HF_HUB_OFFLINE is set", model="org/name")
     (run.folder / "file.txt").write_text("x")
     refused(run, "is a file; expected a folder", model="file.txt")
