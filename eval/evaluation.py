@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from merge.errors import RecordError
+from merge.errors import OutputError, RecordError
 from merge.plan import plan_to_dict, read_plan
 from merge.report import PLAN_FILE, peak_rss_bytes
 from merge.source import Source
@@ -70,6 +70,7 @@ def evaluate_mmlu(
     lm, placement = load_model(source.checkpoint(), device, dtype, **how)
     if text is not None:
         first_tokens(lm, text, text_tokens)  # too short a text is found before, not after, the questions
+    new = out is not None and not out.exists()
     settings = {
         "task": "mmlu",
         "task_version": task_version(subjects[0].name),
@@ -88,6 +89,9 @@ def evaluate_mmlu(
     with contextlib.closing(kept) if kept else contextlib.nullcontext():
         if kept and lm.rank == 0:
             kept.start()
+            if new and out is not None and out.exists():
+                kept.remove()
+                raise OutputError(f"{out} has been written by another run meanwhile; choose another name")
         finished = kept.finished if kept else {}
         missing = [subject for subject in subjects if subject.name not in finished]
         count = num_questions(missing, limit)

@@ -38,7 +38,9 @@ class Progress:
         self.header = json.dumps(settings, sort_keys=True)
         self.finished: dict[str, list[Answer]] = {}
         self._lock: int | None = None
-        lines = path.read_text(encoding="utf-8").splitlines() if resume and path.is_file() else []
+        there = resume and path.is_file()
+        self._read = (path.read_text(encoding="utf-8") if there else "") if resume else None
+        lines = self._read.splitlines() if self._read else []
         if lines and lines[0] != self.header:
             raise DataError(f"{path} is of a run with other options or another model; run with --overwrite to begin again")
         for line in lines[1:]:
@@ -57,6 +59,8 @@ class Progress:
         """
         before = lock_file(self.path)
         try:
+            if self._read is not None and self.path.read_text(encoding="utf-8") not in ("", self._read):
+                raise OutputError(f"{self.path} has been changed by another run since it was read; run again")
             with whole_file(self.path) as scratch:
                 scratch.write_text("\n".join([self.header, *map(self._line, self.finished)]) + "\n", encoding="utf-8")
                 self._lock = lock_file(scratch)

@@ -129,7 +129,11 @@ def lock_file(path: Path) -> int:
             raise OutputError(in_use)
     except BaseException as error:
         os.close(lock)
-        raise OutputError(in_use) if isinstance(error, BlockingIOError) else error from None
+        if isinstance(error, (BlockingIOError, FileNotFoundError)):
+            raise OutputError(in_use) from error
+        if isinstance(error, OSError) and not isinstance(error, MergeError):
+            raise OutputError(f"{path} cannot be locked: {error.strerror or error}; give --out on another disk") from error
+        raise
     return lock
 
 

@@ -8,10 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+PATIENCE = 2  # signals that wait for the threads to end
+
 
 @dataclass
 class Stop:
-    """Whether the threads of a pool are to end what they do. A plain flag, because a signal's handler may raise it anywhere."""
+    """Whether the threads of a pool are to end what they do. A plain flag: a signal's handler may set it at any moment."""
 
     asked: bool = False
 
@@ -22,7 +24,8 @@ def pool_of(workers: int) -> Iterator[tuple[ThreadPoolExecutor, Stop]]:
 
     What a signal's handler raises is raised when the threads have ended. Python runs handlers in the main thread between any
     two of its operations, so that an exception may come just when it has taken a lock of the pool, of a future or of a
-    progress bar, which is then never given back, and the threads wait for it for ever.
+    progress bar, which is then never given back, and the threads wait for it for ever. Where they do not end, on a disk that
+    does not answer for one, the third signal is raised at once.
     """
     stop = Stop()
     with _raised_at_the_end(stop), ThreadPoolExecutor(workers) as pool:
@@ -37,6 +40,7 @@ def pool_of(workers: int) -> Iterator[tuple[ThreadPoolExecutor, Stop]]:
 @contextmanager
 def _raised_at_the_end(stop: Stop) -> Iterator[None]:
     raised: list[BaseException] = []
+    over = False
 
     def handle(number: int, frame: Any) -> None:
         try:
@@ -44,6 +48,8 @@ def _raised_at_the_end(stop: Stop) -> Iterator[None]:
         except BaseException as error:
             stop.asked = True
             raised.append(error)
+            if over or len(raised) > PATIENCE:
+                raise
 
     main = threading.current_thread() is threading.main_thread()  # no other thread is interrupted
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
@@ -54,6 +60,7 @@ def _raised_at_the_end(stop: Stop) -> Iterator[None]:
             signal.signal(number, handle)
         yield
     finally:
+        over = True
         for number, handler in before.items():
             signal.signal(number, handler)
         if raised:

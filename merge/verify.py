@@ -81,6 +81,7 @@ def verify_folder(
     _compare_structure(folder, blueprint, result)
     _compare_side_files(folder, blueprint, result)
     done = progress(blueprint.bytes_total)
+    nothing = Verification(0, 0, 0, 0, 0, 0.0)
 
     def check(output: Output) -> Verification:
         if stop.asked:
@@ -90,7 +91,7 @@ def verify_folder(
         done(output.nbytes)
         return one
 
-    total = nothing = Verification(0, 0, 0, 0, 0, 0.0)
+    total = nothing
     with pool_of(decide().workers) as (pool, stop):
         for one in pool.map(check, blueprint.outputs):
             total += one

@@ -86,10 +86,12 @@ def run(
         try:
             _prepare(arguments)
             _handle_signals(stops)
-            sys.exit(main(arguments) or 0)
-        except Exception:
+            status = main(arguments) or 0
+            sys.stdout.flush()  # what its reader does with it is found here, not when the interpreter ends
+            sys.exit(status)
+        except Exception as error:
             if stops:  # came first, and a library made an error of its own of it, as Optuna and safetensors may
-                raise stops[0] from None
+                raise stops[0] from error
             raise
         finally:
             _signals_just_end()
@@ -105,6 +107,10 @@ def run(
         sys.exit(1)
     except MemoryError:
         _end(arguments, "error: out of memory", 1)
+    except ValueError as error:
+        if "embedded null" not in str(error):
+            raise
+        _end(arguments, "error: the name of a file holds a null character", 1)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise
@@ -174,7 +180,9 @@ def _handle_signals(stops: list[BaseException]) -> None:
             sys.__unraisablehook__(unraisable)
             return
         number = signal.SIGINT if isinstance(unraisable.exc_value, KeyboardInterrupt) else signal.SIGTERM
-        threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number]).start()
+        again = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, number])
+        again.daemon = True  # not waited for; and the start of others takes a lock, which the main thread may have just now
+        again.start()
 
     def elsewhere(failed: Any) -> None:
         """Another thread has found what the main thread left when it was stopped, a locked database for one."""

@@ -5,6 +5,7 @@ import _checkout  # noqa: F401 (puts the repository first on sys.path)
 import argparse
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from eval.errors import DataError
 from eval.mmlu import CONVENTIONS, partial, read_mmlu
 from eval.progress import progress_path
 from eval.results import all_or_none, answers_path
+from merge.publish import lock_file
 
 EXAMPLES = """\
   python scripts/eval_mmlu.py --model merged/Meta-Llama-3-8B-base --data-dir DIR --text wiki.test.raw
@@ -65,6 +67,7 @@ def main(arguments: argparse.Namespace) -> None:
     between = arguments.resume and begun.exists() and not out.exists()  # stopped between the one file and the other
     check_out(arguments, out, *(() if between else (answers_path(out),)))
     if begun.exists() and not (arguments.resume or arguments.overwrite):
+        os.close(lock_file(begun))  # or it is under way, which is what is said
         raise UsageError(f"{begun} holds finished subjects of an interrupted run; give --resume, or --overwrite")
     subjects = read_mmlu(arguments.data_dir, arguments.subjects.split(",") if arguments.subjects else ())
     part = partial(subjects, arguments.limit)

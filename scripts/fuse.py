@@ -45,7 +45,7 @@ def main(arguments: argparse.Namespace) -> int:
     from merge.errors import ModelNotFoundError
     from merge.fusion.assemble import make_parts
     from merge.fusion.errors import FusionError
-    from merge.fusion.make import fuse
+    from merge.fusion.make import LOG_FILE, fuse
     from merge.fusion.recipe import read_recipe
     from merge.source import resolve
 
@@ -54,12 +54,18 @@ def main(arguments: argparse.Namespace) -> int:
     distil = recipe.training.distil if recipe.training else None
     try:
         sources = [resolve(one.model, revision=one.revision, configs=CONFIGS, headers_only=arguments.dry_run) for one in models]
+        teacher = resolve(distil, configs=CONFIGS) if distil and not arguments.dry_run else None
         parts = make_parts(recipe, sources, dtype=arguments.dtype)
     except (FusionError, ModelNotFoundError) as error:
         raise type(error)(f"{arguments.config}: {error}") from error
     if arguments.dry_run:
         print(described(parts))
         return 0
+    from eval.plots import loss_curve  # what is missing to draw is found before hours of training
+
+    def draw(folder: Path, held_out_before: float | None) -> None:
+        loss_curve(folder / LOG_FILE, folder / "training.png", held_out_before)
+
     out = (arguments.out or Path("runs") / arguments.config.stem).resolve()
     accelerator, device = runtime(arguments.device)
     first = accelerator is None or accelerator.is_main_process
@@ -75,7 +81,7 @@ def main(arguments: argparse.Namespace) -> int:
         publishes(arguments, out)
         found = fuse(
             parts, out, device=device, accelerator=accelerator,
-            teacher=resolve(distil, configs=CONFIGS) if distil else None, overwrite=arguments.overwrite,
+            teacher=teacher, overwrite=arguments.overwrite,
             command=shlex.join(["python", *sys.argv]), copying=bar("copying", arguments.quiet), training=told, draw=draw,
         )  # fmt: skip
     if first:
@@ -142,14 +148,6 @@ def in_words(parts: Any, found: Any) -> str:
             f"held-out text: {found.held_out_before:.4f} -> {found.held_out:.4f} nats per token after {found.tokens:,} tokens"
         )
     return "\n".join(said)
-
-
-def draw(folder: Path, held_out_before: float | None) -> None:
-    """The loss curve beside its log."""
-    from eval.plots import loss_curve
-    from merge.fusion.make import LOG_FILE
-
-    loss_curve(folder / LOG_FILE, folder / "training.png", held_out_before)
 
 
 if __name__ == "__main__":

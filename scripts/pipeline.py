@@ -98,7 +98,9 @@ def main(arguments: argparse.Namespace) -> int:
     try:
         failed = run_study(settings, out, configs=CONFIGS, resume=arguments.resume, command=command, bars=bars(arguments.quiet))
     except ModelNotFoundError as error:
-        raise error if arguments.model else ModelNotFoundError(f"{arguments.config}: {error}") from error
+        if arguments.model:
+            raise
+        raise ModelNotFoundError(f"{arguments.config}: {error}") from error
     study = read_study(out)
     write_whole(out / "table.txt", text_table(study) + "\n")
     print(text_table(study))

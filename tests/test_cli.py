@@ -1,6 +1,7 @@
 """How scripts end: what `_cli.run` makes of what comes out of `main`."""
 
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from _cli import parser, run
+from tiny import ROOT
 
 from merge.errors import OutputError
 
@@ -93,6 +95,26 @@ def test_a_thread_that_fails_after_a_signal_is_not_what_is_said(stopped, capsys)
     with pytest.raises(SystemExit):
         run(main, parser("x", "  x"))
     assert ("ZeroDivisionError" in capsys.readouterr().err) is not stopped
+
+
+def test_a_file_name_with_a_null_character(capsys):
+    def main(arguments):
+        Path("a\0b").read_text()
+
+    with pytest.raises(SystemExit):
+        run(main, parser("x", "  x"))
+    assert capsys.readouterr().err == "error: the name of a file holds a null character\n"
+
+
+def test_output_that_nobody_reads():
+    """`| true`: status 1, and nothing is said when the interpreter ends."""
+    code = "from _cli import parser, run; run(lambda arguments: print('found'), parser('x', '  x'))"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    started = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "scripts", **pipes)
+    started.stdout.close()
+    assert started.stderr.read() == b""
+    started.stderr.close()
+    assert started.wait(60) == 1
 
 
 def test_a_file_name_has_a_bounded_length(capsys):

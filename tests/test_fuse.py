@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -284,7 +285,7 @@ def test_one_run_at_a_time(tmp_path, tiny_cache):
 def test_what_a_killed_run_left_behind_its_finished_folder_is_removed(tmp_path, tiny_cache, monkeypatch):
     parts, work = parts_of(recipe_of(), tiny_cache), tmp_path / "out.work"
 
-    def killed(folder):
+    def killed(*folders):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -314,6 +315,18 @@ def test_what_another_run_goes_on_with_is_kept(tmp_path, tiny_cache, monkeypatch
     with pytest.raises(OutputError, match="not empty; choose another name"):
         fuse(parts, tmp_path / "out")
     assert (tmp_path / "out.work" / "assembled").is_dir()
+
+
+def test_training_that_goes_on_is_kept(tmp_path, tiny_cache):
+    """Although somebody has linked the untrained model to where the trained one is to be."""
+    parts, work = parts_of(recipe_of(), tiny_cache), tmp_path / "out.work"
+    fuse(parts, work / "assembled")
+    (work / "training").mkdir()
+    (work / "training" / "state.safetensors").write_text("hours")
+    shutil.copytree(work / "assembled", tmp_path / "out", copy_function=os.link)
+    with pytest.raises(OutputError, match="not empty; choose another name"):
+        fuse(parts, tmp_path / "out")
+    assert (work / "training" / "state.safetensors").read_text() == "hours"
 
 
 @pytest.mark.parametrize("change", [{"gradient_accumulation_steps": 3}, {"distil": "tiny-model-that-is-not-there"}], ids=str)

@@ -172,10 +172,10 @@ def test_progress_is_one_process_s_alone(tmp_path):
     one.close()
     three = Progress(one.path, {}, resume=True)
     assert three.finished == {"anatomy": [answer]}
+    with pytest.raises(OutputError, match="has been changed by another run since it was read; run again"):
+        two.start()
     three.start()
     three.remove()
-    two.start()
-    two.remove()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from merge.threads import pool_of
+from merge.threads import PATIENCE, pool_of
 
 NUMBERS = [signal.SIGINT, signal.SIGTERM]
 
@@ -54,6 +54,21 @@ def test_signal_is_raised_when_the_threads_have_ended(number, handled):
         block()
     assert sorted(steps) == ["block", "thread"]
     assert [signal.getsignal(one) for one in NUMBERS] == [handled] * 2
+
+
+def test_signals_that_wait_are_not_endless(handled):
+    """A thread may wait for a disk that does not answer."""
+    steps = []
+
+    def block():
+        with pool_of(1):
+            for _ in range(5):
+                signal.raise_signal(signal.SIGTERM)
+                steps.append("block")
+
+    with pytest.raises(AskedError):
+        block()
+    assert steps == ["block"] * PATIENCE
 
 
 def test_handler_that_does_not_raise_stops_nothing(handled):
@@ -123,6 +138,7 @@ class Lock:
     def __exit__(self, *error):
         self.release()
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it runs in the background ignore Ctrl-C
 lock = Lock()
 with pool_of(2) as (pool, _):
     pool._idle_semaphore = threading.Semaphore(0)

@@ -357,9 +357,9 @@ class _Run:
         if missing or done is None:
             lm = model.load()
             kept.folder.mkdir(parents=True, exist_ok=True)
-            progress.start()
             count = num_questions(missing, how.limit)
             with closing(progress), self.bars(f"{arm.name}: MMLU", "question", count) as bar:
+                progress.start()
 
                 def answer() -> dict[str, Any]:
                     ask(

@@ -4,6 +4,7 @@ The same names stand in a YAML file (configs/study.yaml is one) and on the comma
 """
 
 import difflib
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -162,12 +163,12 @@ def absolute(settings: Settings) -> Settings:
     """The same study with its files as absolute paths, so that it can be gone on with from anywhere."""
 
     def full(path: str | None) -> str | None:
-        return str(Path(path).expanduser().resolve()) if path is not None else None
+        return os.path.realpath(os.path.expanduser(path)) if path is not None else None  # unlike pathlib's, for any string
 
     model = settings.model
     return replace(
         settings,
-        model=full(model) or model if Path(model).expanduser().exists() else model,
+        model=full(model) or model if os.path.exists(os.path.expanduser(model)) else model,
         merges=tuple(full(path) or path for path in settings.merges),
         mmlu=replace(settings.mmlu, data_dir=full(settings.mmlu.data_dir)),
         text=replace(settings.text, file=full(settings.text.file)),

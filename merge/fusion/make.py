@@ -98,7 +98,7 @@ def fuse(
                 _fill(scratch, parts, assembled, trained)
                 if trained is not None:
                     draw(scratch, before)
-            _empty(work)
+            _empty(work, assembled)
     combination = parts.combination
     if trained is None:
         return Fused(combination.parameters, combination.fuser_parameters)
@@ -254,16 +254,27 @@ def _fill(scratch: Path, parts: Parts, assembled: Path, trained: Trained | None)
 
 
 def _remove_published(work: Path, assembled: Path, out: Path) -> None:
-    """Removes what a run has left that was killed just after `out` had appeared, and been linked to what it was made of."""
+    """Removes what a run has left that was killed just after `out` had appeared.
+
+    It is known by the files that `out` is linked to; on a file system without links it stays. Training that goes on is kept:
+    a finished folder has its log.
+    """
     one, two = assembled / "config.json", out / "config.json"
-    if one.is_file() and two.is_file() and one.samefile(two):
+    linked = one.is_file() and two.is_file() and not out.is_symlink() and one.samefile(two)
+    if linked and ((out / LOG_FILE).is_file() or not (work / "training").exists()):
         with suppress(OutputError), work_folder(work):  # in use: its owner lives, and will remove it
-            _empty(work)
+            _empty(work, assembled)
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path, ignore_errors=True)
+def _empty(work: Path, assembled: Path) -> None:
+    """What says that it has been published goes last: whoever is killed here leaves what the next run knows."""
+    last = assembled / "config.json"
+    for path in [*work.iterdir(), *assembled.iterdir()]:
+        if path.is_dir() and path != assembled:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path not in (assembled, last):
+            path.unlink(missing_ok=True)
+    shutil.rmtree(assembled, ignore_errors=True)
 
 
 def _link(source: Path, target: Path) -> None:
