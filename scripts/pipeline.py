@@ -80,7 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
     if not content.get("merges"):
         named = f"{arguments.config} names no merges; give --alphas FILE [FILE ...]"
         raise UsageError(named if arguments.config else "give --alphas FILE [FILE ...], or --config")
-    settings = absolute(make_settings(content, str(arguments.config) if arguments.config else "the command line"))
+    name = str(arguments.config) if arguments.config else "the command line"
+    settings = absolute(make_settings(content, name), name)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError("a study runs in one process; start it without accelerate launch or torchrun")
     arguments.batch_size = settings.batch_size

@@ -159,10 +159,16 @@ def merged(content: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     return result
 
 
-def absolute(settings: Settings) -> Settings:
-    """The same study with its files as absolute paths, so that it can be gone on with from anywhere."""
+def absolute(settings: Settings, name: str = "a study") -> Settings:
+    """The same study with its files as absolute paths, so that it can be gone on with from anywhere.
+
+    Raises:
+        DataError: the name of a file, in the file `name`, is none.
+    """
 
     def full(path: str | None) -> str | None:
+        if path is not None and "\0" in path:
+            raise DataError(f"{name}: {path!r} is no name of a file: it holds a null character")
         return os.path.realpath(os.path.expanduser(path)) if path is not None else None  # unlike pathlib's, for any string
 
     model = settings.model
