@@ -6,6 +6,7 @@ import errno
 import random
 import shutil
 import subprocess
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -127,7 +128,10 @@ def small_disks():
         subprocess.run(["mount", "-o", f"remount,{ROOM}", mounted[-1]], check=True)
 
     def unmount():
-        subprocess.run(["umount", mounted.pop()], check=True)
+        """The kernel may take a moment to let go of what an ended process had open; who holds it longer is still there."""
+        folder, until = mounted.pop(), time.monotonic() + 5
+        while subprocess.run(["umount", folder], check=time.monotonic() > until, capture_output=True).returncode:
+            time.sleep(0.05)
 
     try:
         yield mount, leave, enlarge, unmount

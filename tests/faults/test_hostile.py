@@ -142,7 +142,7 @@ def attack_file(name, seed, inputs, folder, warm):
     """One damaged file, read by the script that it is for."""
     work = folder / "work"
     ended, before, kind = read_by_its_script(name, seed, inputs, work, warm)
-    others = [f"{work}/"] if name == "study.json" else []  # a file that it names
+    others = ["cannot be read"] if name == "study.json" else []  # a file that it names
     if refuse(
         ended,
         [name.rpartition("/")[2], "command line", "model", "out", "anatomy", *others],
