@@ -256,7 +256,7 @@ def test_resume_keeps_finished_subjects(run, tmp_path):
         [sys.executable, str(ROOT / "scripts" / "eval_mmlu.py"), *map(str, common)],
         cwd=run.folder, env=run.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    while not progress.exists():
+    while not (progress.exists() and progress.stat().st_size):  # empty for a moment, in which it is locked
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()
