@@ -89,7 +89,6 @@ def work_folder(folder: Path) -> Iterator[None]:
         OutputError: another process uses it, or it cannot be created.
     """
     created_parents = _missing_parents(folder.parent)
-    in_use = f"{folder} is in use by another run; wait for it, or give another --out"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -99,9 +98,9 @@ def work_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise OutputError(in_use) from error
+            raise _in_use(folder) from error
         if not os.fstat(lock).st_nlink:  # its last user ended, and removed it, between the two lines above
-            raise OutputError(in_use)
+            raise _in_use(folder)
         try:
             yield
         finally:
@@ -118,7 +117,6 @@ def lock_file(path: Path) -> int:
     Raises:
         OutputError: another process has it, or it cannot be created.
     """
-    in_use = f"{path} is in use by another run; wait for it, or give another --out"
     try:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
@@ -126,11 +124,11 @@ def lock_file(path: Path) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not (path.exists() and os.path.samestat(path.stat(), os.fstat(lock))):  # replaced or removed by its last user
-            raise OutputError(in_use)
+            raise _in_use(path)
     except BaseException as error:
         os.close(lock)
         if isinstance(error, (BlockingIOError, FileNotFoundError)):
-            raise OutputError(in_use) from error
+            raise _in_use(path) from error
         if isinstance(error, OSError) and not isinstance(error, MergeError):
             raise OutputError(f"{path} cannot be locked: {error.strerror or error}; give --out on another disk") from error
         raise
@@ -205,6 +203,10 @@ def write_whole(path: Path, text: str) -> None:
     """Writes a text file that appears whole."""
     with whole_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def _in_use(path: Path) -> OutputError:
+    return OutputError(f"{path} is in use by another run; wait for it, or give another --out")
 
 
 def _cannot_be_written(path: Path, error: Exception) -> OutputError:
