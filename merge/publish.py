@@ -187,7 +187,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     scratch = path.with_name(path.name + ".partial")
     try:
+        scratch.touch()
+        mode = scratch.stat().st_mode
         yield scratch
+        if scratch.stat().st_mode != mode:  # the umask's; safetensors makes files of its own, for the owner alone
+            scratch.chmod(mode)
         _flush_file(scratch)
         scratch.replace(path)
     except MergeError:

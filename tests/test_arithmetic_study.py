@@ -27,7 +27,8 @@ from eval.arithmetic.study import Cell, cells, chosen, definition, needs, read_s
 from eval.arithmetic.tasks import make_task, split
 from eval.arithmetic.text import documents
 from eval.errors import StudyError
-from merge.errors import RecordError
+from merge.errors import OutputError, RecordError
+from merge.publish import work_folder
 
 STUDY = ROOT / "configs" / "arithmetic" / "study.yaml"
 SMALL = """
@@ -163,6 +164,17 @@ def test_other_settings_do_not_touch_results(small, tmp_path):
     assert definition(small, small.run("joined")) != definition(
         replace(small, runs=(changed, *small.runs[1:])), small.run("joined")
     )
+
+
+def test_a_run_is_made_by_one_process(small, tmp_path):
+    """Two would train the same cells; another's runs, and runs that are done, are no hindrance."""
+    study = replace(chosen(small, ["baseline"]), seeds=1)
+    with work_folder(tmp_path / "out" / "baseline"), pytest.raises(OutputError, match="baseline is in use by another run"):
+        make_all(study, tmp_path / "out", workers=None)
+    with work_folder(tmp_path / "out" / "wide"):
+        assert make_all(study, tmp_path / "out", workers=None) == {}
+    with work_folder(tmp_path / "out" / "baseline"):
+        assert make_all(study, tmp_path / "out", workers=None) == {}
 
 
 def test_a_network_that_diverges_is_no_source(small, tmp_path):

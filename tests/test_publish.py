@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import ROOT
 
 from merge import publish
 from merge.errors import OutputError
-from merge.publish import new_folder, work_folder
+from merge.publish import new_folder, whole_file, work_folder
 
 
 def build(target, text="new", **options):
@@ -129,6 +131,18 @@ def test_modes_follow_the_umask(tmp_path):
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
     assert stat.S_IMODE((tmp_path / "out" / "file").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_modes_of_files_follow_the_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "weights.safetensors") as scratch:
+            save_file({"w": torch.zeros(2)}, scratch)
+    finally:
+        os.umask(before)
+    assert names(tmp_path) == ["weights.safetensors"]
+    assert stat.S_IMODE((tmp_path / "weights.safetensors").stat().st_mode) == 0o666 & ~umask
 
 
 def test_failing_flush_is_an_error(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from merge.publish import whole_file, write_whole
+from merge.publish import whole_file, work_folder, write_whole
 from merge.records import read_json
 
 from ..errors import EvalError, StudyError, short
@@ -209,15 +210,20 @@ def make_all(
 
     Raises:
         StudyError: a run's results have another definition, or a worker process died.
+        OutputError: another process makes cells of one of these runs, or nothing can be written there.
     """
-    begin(study, out)
-    waiting = [cell for cell in cells(study) if read_result(out, cell) is None]
-    if device == "cpu" and workers is not None:
-        failed = _in_processes(study, out, waiting, workers, compiled, progress, finished)
-    else:
-        failed = _in_groups(study, out, waiting, device, progress, finished)
-    for run in study.runs:
-        write_final_info(run, out)
+    check(study, out)
+    with ExitStack() as own:
+        for name in dict.fromkeys(cell.run for cell in cells(study) if read_result(out, cell) is None):
+            own.enter_context(work_folder(out / name))
+        begin(study, out)
+        waiting = [cell for cell in cells(study) if read_result(out, cell) is None]
+        if device == "cpu" and workers is not None:
+            failed = _in_processes(study, out, waiting, workers, compiled, progress, finished)
+        else:
+            failed = _in_groups(study, out, waiting, device, progress, finished)
+        for run in study.runs:
+            write_final_info(run, out)
     return {cell.folder: message for cell, message in failed.items()}
 
 

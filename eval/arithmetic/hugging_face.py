@@ -20,7 +20,7 @@ from merge.api import Options, merge_checkpoint
 from merge.fusion.configuration_fusion import MODES
 from merge.methods import plan_from_method
 from merge.plan import Plan
-from merge.publish import new_folder, write_whole
+from merge.publish import new_folder, work_folder, write_whole
 from merge.records import Fields, read_json, read_yaml
 from merge.similarity import fold_top
 from merge.source import Source
@@ -200,13 +200,15 @@ def run_grid(
 
     Raises:
         StudyError: what is in `out` was made with other settings, or a loss is no longer a number.
+        OutputError: another process uses `out`, or nothing can be written there.
     """
     scores = {}
-    for cell in grid_cells(grid):
-        begun(cell)
-        scores[cell] = make_cell(grid, cell, out, configs, progress, device=device)
-        finished(cell, scores[cell])
-    write_whole(out / "table.md", grid_table(grid, scores))
+    with work_folder(out):
+        for cell in grid_cells(grid):
+            begun(cell)
+            scores[cell] = make_cell(grid, cell, out, configs, progress, device=device)
+            finished(cell, scores[cell])
+        write_whole(out / "table.md", grid_table(grid, scores))
     return scores
 
 
