@@ -9,6 +9,7 @@
 A gain is claimed only where an arm is better than its host and than every control, each by an interval that excludes zero.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +37,14 @@ from merge.fusion.mixers import MODES as MIXERS
 from merge.fusion.recipe import Recipe, Training
 from merge.fusion.text import read_documents, token_blocks
 from merge.fusion.train import Trained, train
-from merge.publish import write_whole
-from merge.records import Fields, read_yaml
+from merge.publish import work_folder, write_whole
+from merge.records import Fields, read_json, read_yaml
 from merge.runtime import training_device
 from merge.source import resolve
 
 from .bars import Bars, no_bars
 from .bits import Bits, cut, difference, measure, pieces
-from .errors import EvalError
+from .errors import EvalError, short
 from .lm import PrefixLM
 from .lora import LoraHost
 from .memory import PeakMemory, weight_bytes
@@ -55,6 +57,7 @@ log = logging.getLogger(__name__)
 CONTROLS = ("zero", "shuffle", "random-donor", "lora")
 HOST = "host"
 MMLU = "mmlu"
+RESULTS_FILE = "results.json"
 PROMPT, GENERATED = 32, 24  # tokens read and generated to measure the speed of generation
 
 
@@ -121,7 +124,7 @@ class Row:
     measured: Measured
     loss: float | None = None
     train_s: float = 0.0
-    log: list[list[float]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
 
 
 def read_bench(path: Path) -> tuple[Bench, dict[str, Any]]:
@@ -199,24 +202,43 @@ class Arms:
         self.assembled, self.dtype = assembled, dtype
         self._outputs: FusionForCausalLM | None = None
 
-    def rows(self, progress: Callable[[int], object] = lambda n: None) -> Iterator[Row]:
-        """Every arm and control of the comparison from every seed, one after the other; told of tokens as it trains."""
-        yield self.host()
-        for number in range(len(self.parts.recipe.donors)):
-            yield self.donor(number)
-        for seed in range(self.bench.seeds):
-            trained = 0
-            for mode in self.bench.arms:
-                row = self.fused(mode, seed, progress=progress)
-                trained = row.trained if mode == self.bench.controlled else trained
-                yield row
-            for mode in self.bench.outputs:
-                yield self.output(mode, seed, progress)
-            for control in self.bench.controls:
-                if control == "lora":
-                    yield self.lora(trained, seed, progress)
-                else:
-                    yield self.fused(self.bench.controlled, seed, control, progress)
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the rows depend on, as plain data: models, texts, training, what is measured, and on what kind of device."""
+        texts = hashlib.sha256(self.blocks.numpy().tobytes() + json.dumps(self.documents).encode()).hexdigest()
+        found: dict[str, Any] = json.loads(json.dumps({
+            "bench": asdict(self.bench), **self.parts.identity, "training": asdict(self.recipe), "texts_sha256": texts,
+            "dtype": self.dtype, "device": self.device.partition(":")[0],
+        }))  # fmt: skip
+        return found
+
+    def rows(self, progress: Callable[[int], object] = lambda n: None, done: Sequence[Row] = ()) -> Iterator[Row]:
+        """Every arm and control of the comparison from every seed, one after the other; told of tokens as it trains.
+
+        Args:
+            done: rows of the same comparison that there are already.
+        """
+        bench = self.bench
+        jobs: list[tuple[str, int, Callable[[], Row]]] = [(HOST, 0, self.host)]
+        jobs += [(self._donor_name(number), 0, partial(self.donor, number)) for number in range(len(self.parts.recipe.donors))]
+        for seed in range(bench.seeds):
+            jobs += [(mode, seed, partial(self.fused, mode, seed, None, progress)) for mode in bench.arms]
+            jobs += [(f"{mode} of outputs", seed, partial(self.output, mode, seed, progress)) for mode in bench.outputs]
+            jobs += [
+                ("lora", seed, partial(self.lora, seed, progress))
+                if control == "lora"
+                else (f"{bench.controlled}, {control}", seed, partial(self.fused, bench.controlled, seed, control, progress))
+                for control in bench.controls
+            ]
+        there = {(row.arm.partition(", rank ")[0], row.seed): row for row in done}
+        each = self.recipe.updates * self.recipe.batch * self.recipe.block
+        for name, seed, make in jobs:
+            row = there.get((name, seed))
+            if row is None:
+                row = make()
+            elif row.trained:
+                progress(each)
+            yield row
 
     def host(self) -> Row:
         """The host alone."""
@@ -228,7 +250,7 @@ class Arms:
         source = self.parts.sources[1 + number]
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=self.model.host.dtype).to(self.device).eval()
         found = self._measure(model, read_tokenizer(source))
-        return Row(f"donor {number}: {source.name}", 0, sum(x.numel() for x in model.parameters()), 0, found)
+        return Row(self._donor_name(number), 0, sum(x.numel() for x in model.parameters()), 0, found)
 
     def fused(
         self, mode: str, seed: int, control: str | None = None, progress: Callable[[int], object] = lambda n: None
@@ -270,8 +292,10 @@ class Arms:
             return Row(f"{mode} of outputs", seed, total, 0, found)
         return self._row(f"{mode} of outputs", seed, total, count, found, trained)
 
-    def lora(self, parameters: int, seed: int, progress: Callable[[int], object] = lambda n: None) -> Row:
-        """The host with low-rank adapters of about so many parameters above its first site."""
+    def lora(self, seed: int, progress: Callable[[int], object] = lambda n: None) -> Row:
+        """The host with low-rank adapters above its first site, of about as many parameters as the controlled mode trains."""
+        with self._model(self.bench.controlled, seed, False) as fused:
+            parameters = sum(value.numel() for value in fused.fuser_parameters().values())
         layers = len(self.model.host.model.layers)
         first = min(min(self.model.config.fusion["sites"]), layers // 2)
         torch.manual_seed(seed)
@@ -287,7 +311,11 @@ class Arms:
         return self._row(f"lora, rank {model.rank}", seed, total, count, found, trained)
 
     def _row(self, name: str, seed: int, total: int, count: int, found: Measured, trained: Trained) -> Row:
-        return Row(name, seed, total, count, found, trained.log[-1][1], round(trained.time_s, 2), trained.log)
+        losses = [entry[1] for entry in trained.log if not math.isnan(entry[1])]
+        return Row(name, seed, total, count, found, trained.log[-1][1], round(trained.time_s, 2), losses)
+
+    def _donor_name(self, number: int) -> str:
+        return f"donor {number}: {self.parts.sources[1 + number].name}"
 
     def _train(self, model: Any, seed: int, logits_of: Any, progress: Callable[[int], object]) -> Trained:
         recipe = replace(self.recipe, seed=seed)
@@ -383,7 +411,8 @@ def bench_fusion(
 ) -> list[Row]:
     """Every arm and control, trained alike and measured, as rows that `table`, `claims` and `record` read.
 
-    Writes OUT/results.json after each row, OUT/table.md at the end, and models to OUT/assembled.
+    Writes OUT/results.json after each row, OUT/table.md at the end, and models to OUT/assembled. Rows that are there already
+    are kept, so that a comparison that was stopped goes on after its last.
 
     Args:
         bench: what is compared, and `recipe`, of what: both from `read_bench`, the second by way of `recipe_from`.
@@ -392,25 +421,59 @@ def bench_fusion(
         bars: makes progress bars.
 
     Raises:
-        FusionError, MergeError, EvalError: models or texts that cannot be used, or a recipe without training.
+        FusionError, MergeError, EvalError: models or texts that cannot be used, a recipe without training, or `out` holds
+            another comparison, or is in use.
     """
     if recipe.training is None:
         raise EvalError("the recipe has no training; expected what the arms are trained on")
     sources = [resolve(one.model, revision=one.revision, configs=configs) for one in (recipe.host, *recipe.donors)]
     parts = make_parts(recipe, sources, dtype=dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    assemble(parts, out / "assembled")
-    arms = Arms(parts, out / "assembled", bench, training_device(device), dtype)
     each = recipe.training.updates * recipe.training.batch * recipe.training.block
     total = bench.seeds * (len(bench.arms) + ("mixture" in bench.outputs) + len(bench.controls)) * each
     rows: list[Row] = []
-    with bars("training", "token", total) as bar:
-        for row in arms.rows(bar.update):
-            rows.append(row)
-            told(rows)
-            write_whole(out / "results.json", json.dumps(record(rows, bench), indent=1) + "\n")
-    write_whole(out / "table.md", bench_report(rows, bench))
+    with work_folder(out):
+        assemble(parts, out / "assembled")
+        arms = Arms(parts, out / "assembled", bench, training_device(device), dtype)
+        settings = arms.settings
+        done = _read_rows(out / RESULTS_FILE, settings)
+        with bars("training", "token", total) as bar:
+            for row in arms.rows(bar.update, done):
+                rows.append(row)
+                told(rows)
+                if len(rows) > len(done):
+                    write_whole(out / RESULTS_FILE, json.dumps({"settings": settings, **record(rows, bench)}, indent=1) + "\n")
+        write_whole(out / "table.md", bench_report(rows, bench))
     return rows
+
+
+def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[Row]:
+    """The rows of a comparison that was begun: the first of what `Arms.rows` gives.
+
+    Raises:
+        EvalError: they are of another, or the file is damaged.
+    """
+    if not path.exists():
+        return []
+    content = read_json(path)
+    there = content.get("settings", {})
+    if differs := sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key)):
+        raise EvalError(
+            f"{path} is of a comparison with other settings ({', '.join(differs)}); give another --out, or remove {path.parent}"
+        )
+    try:
+        return [
+            Row(
+                one["arm"], one["seed"], one["parameters"], one["trained"],
+                Measured(
+                    {name: Bits(np.array(one["bits"][name]), np.array(one["bytes"][name])) for name in one["bits"]},
+                    one["tokens_per_s"], one["generated_per_s"], one["peak_bytes"],
+                ),
+                one["loss"], one["train_s"], one["losses"],
+            )
+            for one in content["rows"]
+        ]  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise EvalError(f"{path} is damaged ({short(error)}); remove it to begin again") from error
 
 
 def pooled(rows: Sequence[Row], arm: str, domain: str) -> Bits:
@@ -491,7 +554,7 @@ def record(rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
                 "bits_per_byte": {name: one.per_byte for name, one in row.measured.bits.items()},
                 "bits": {name: one.bits.tolist() for name, one in row.measured.bits.items()},
                 "bytes": {name: one.bytes.tolist() for name, one in row.measured.bits.items()},
-                "losses": [entry[1] for entry in row.log if not math.isnan(entry[1])],
+                "losses": row.losses,
             }
             for row in rows
         ],

@@ -23,7 +23,7 @@ from merge.fusion.projection import (
     save,
 )
 from merge.fusion.vocabulary import same_tokenizer, vocabulary_map
-from merge.publish import check_target
+from merge.publish import check_can_appear
 from merge.source import Source
 
 from .bars import Bars, no_bars
@@ -85,7 +85,7 @@ def project_weights(
         FusionError: models that cannot be matched, or no alpha lowers held-out loss; nothing was written.
         MergeError, EvalError: a model cannot be had, or the folder is in use.
     """
-    check_target(out, overwrite=overwrite, marker=REPORT_FILE)
+    check_can_appear(out, overwrite=overwrite, marker=REPORT_FILE)
     into, out_of = (load_model(one.checkpoint(), device, dtype)[0] for one in (host, donor))
     align = _aligned(into, out_of, max_tokens)
     each, layers = moment_bytes(into.model), len(into.model.base_model.layers)

@@ -11,7 +11,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,6 +61,32 @@ def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = No
         raise
     finally:
         os.close(lock)
+
+
+def check_can_appear(target: Path, *, overwrite: bool = False, marker: str | None = None) -> None:
+    """Raises OutputError unless `new_folder` could begin now; nothing is left. For work that is long before there is a file."""
+
+    class _EnoughError(Exception):
+        pass
+
+    with suppress(_EnoughError), new_folder(target, overwrite=overwrite, marker=marker):
+        raise _EnoughError
+
+
+def build_once(target: Path, build: Callable[[Path], object]) -> None:
+    """Has `build` fill the folder `target` unless it is there already; several processes may do so at a time.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    if target.is_dir():
+        return
+    try:
+        with new_folder(target) as scratch:
+            build(scratch)
+    except OutputError:
+        if not target.is_dir():  # otherwise another process was faster
+            raise
 
 
 def _locked_scratch(target: Path) -> tuple[Path, int]:

@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 from .checkpoint import INDEX_FILE, Checkpoint, ShardFile, Tensor, read_checkpoint
 from .errors import CheckpointError, ModelNotFoundError, OutputError
-from .publish import new_folder
+from .publish import build_once
 from .tiny import PREFIX, tiny_folder
 
 log = logging.getLogger(__name__)
@@ -132,7 +132,8 @@ def convert_gguf(path: Path, cache: Path) -> Path:
     options: dict[str, Any] = {"gguf_file": path.name, "dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # newer releases keep the file's types unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with new_folder(folder) as scratch:
+
+    def build(scratch: Path) -> None:
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, **options)
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -145,6 +146,8 @@ def convert_gguf(path: Path, cache: Path) -> Path:
             tokenizer.save_pretrained(scratch)
         except Exception as error:  # of Rust: a full disk is an Exception to it, and nothing else
             raise OutputError(f"{folder} cannot be written: {error}") from error
+
+    build_once(folder, build)
     return folder
 
 

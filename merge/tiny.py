@@ -14,9 +14,9 @@ import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from .checkpoint import INDEX_FILE, encode_header
-from .errors import ModelNotFoundError, OutputError
+from .errors import ModelNotFoundError
 from .families import FAMILIES
-from .publish import new_folder
+from .publish import build_once
 from .records import read_json
 from .shapes import tensor_shapes
 
@@ -46,13 +46,7 @@ def tiny_folder(name: str, configs: Path, cache: Path, *, seed: int = 0) -> Path
     config = tiny_config(read_json(path)["config"])
     key = hashlib.sha256(json.dumps([config, seed, RECIPE], sort_keys=True).encode()).hexdigest()[:12]
     folder = cache / "tiny" / f"{name}-{key}"
-    if not folder.is_dir():
-        try:
-            with new_folder(folder) as scratch:
-                write_tiny(config, scratch, seed=seed)
-        except OutputError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
+    build_once(folder, lambda scratch: write_tiny(config, scratch, seed=seed))
     return folder
 
 

@@ -22,8 +22,9 @@ def options() -> argparse.ArgumentParser:
     result = parser(__doc__ or "", EXAMPLES)
     result.add_argument("--config", type=Path, required=True, metavar="FILE", help="a recipe with a part named bench")
     result.add_argument(
-        "--out", type=Path, default=Path("runs/bench-fusion"), metavar="DIR", help="results (default: %(default)s)"
-    )
+        "--out", type=Path, default=Path("runs/bench-fusion"), metavar="DIR",
+        help="results; arms that are there already are kept (default: %(default)s)",
+    )  # fmt: skip
     result.add_argument("--updates", type=int, metavar="N", help="instead of the config's")
     result.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: a GPU where there is one)")
     result.add_argument("--dtype", default="auto", help="of the backbones: auto (as stored), float32, bfloat16")
@@ -58,4 +59,4 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    run(main, options(), "stopped; what was done is in results.json")
+    run(main, options(), "stopped; the same command goes on after the last arm that is done")

@@ -5,18 +5,19 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from fused import fused, some_ids
 from test_mmlu import write_archive
-from tiny import ROOT, load, tiny_source
+from tiny import CONFIGS, ROOT, load, tiny_source
 from transformers import AutoTokenizer
 
 from eval.bits import Bits, cut, difference, measure, pieces
 from eval.errors import DataError, EvalError
-from eval.fusion_bench import Arms, Bench, Measured, Row, claims, pooled, read_bench, table
+from eval.fusion_bench import Arms, Bench, Measured, Row, bench_fusion, claims, pooled, read_bench, table
 from eval.lora import LoraHost
 from merge.fusion.assemble import make_parts
 from merge.fusion.features import compute, from_entry, run_host
@@ -218,6 +219,48 @@ def test_every_seed_has_random_donors_of_its_own(tmp_path, tiny_cache, monkeypat
         arms.fused("attention", seed, "random-donor")
     one, two = arms.stores.values()
     assert not torch.equal(one.aligned[0], two.aligned[0])
+
+
+def test_a_comparison_goes_on_where_it_stopped(tmp_path, tiny_cache, monkeypatch):
+    """With the same rows as one that was not stopped; no other's rows are replaced."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "bench.yaml").write_text(CONFIG)
+    bench, content = read_bench(tmp_path / "bench.yaml")
+    bench = replace(bench, arms=("attention",), outputs=("mixture",), controls=("random-donor", "lora"), mmlu=None)
+    recipe = recipe_from(content, "bench")
+    options = {"configs": CONFIGS, "device": "cpu", "dtype": "float32"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_cache))
+    whole = bench_fusion(bench, recipe, tmp_path / "whole", **options)
+    for stop in (3, 5):  # after the host, its donor and the first arm; and after a control
+
+        def told(rows, stop=stop):
+            if len(rows) > stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            bench_fusion(bench, recipe, tmp_path / "out", told=told, **options)
+        assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == stop
+    found = bench_fusion(bench, recipe, tmp_path / "out", **options)
+    for one, two in zip(whole, found, strict=True):
+        assert (one.arm, one.seed, one.parameters, one.trained, one.losses) == (
+            two.arm, two.seed, two.parameters, two.trained, two.losses
+        )  # fmt: skip
+        for name, bits in one.measured.bits.items():
+            np.testing.assert_array_equal(bits.bits, two.measured.bits[name].bits)
+            np.testing.assert_array_equal(bits.bytes, two.measured.bits[name].bytes)
+    before = (tmp_path / "out" / "results.json").read_bytes()
+    monkeypatch.setattr(Arms, "_measure", None)  # nothing is measured again
+    bench_fusion(bench, recipe, tmp_path / "out", **options)
+    longer = replace(recipe, training=replace(recipe.training, updates=3))
+    with pytest.raises(EvalError, match=r"other settings \(texts_sha256, training\); give another --out"):
+        bench_fusion(bench, longer, tmp_path / "out", **options)
+    with pytest.raises(EvalError, match=r"other settings \(bench, texts_sha256\)"):
+        bench_fusion(replace(bench, documents=2), recipe, tmp_path / "out", **options)
+    assert (tmp_path / "out" / "results.json").read_bytes() == before
+    (tmp_path / "out" / "results.json").write_text(json.dumps(json.loads(before) | {"rows": [{"arm": "host"}]}))
+    with pytest.raises(EvalError, match=r"results.json is damaged"):
+        bench_fusion(bench, recipe, tmp_path / "out", **options)
 
 
 def test_the_whole_comparison(run, tmp_path):

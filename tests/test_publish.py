@@ -12,7 +12,7 @@ from tiny import ROOT
 
 from merge import publish
 from merge.errors import OutputError
-from merge.publish import new_folder, whole_file, work_folder
+from merge.publish import build_once, check_can_appear, new_folder, whole_file, work_folder
 
 
 def build(target, text="new", **options):
@@ -159,6 +159,44 @@ def test_parent_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be created"):
         build(tmp_path / "file" / "out")
+
+
+def test_a_folder_is_built_once(tmp_path):
+    """Also if another process is faster: what it built is taken."""
+
+    def build_slowly(scratch):
+        build(tmp_path / "out", "other")
+        (scratch / "file").write_text("own")
+
+    build_once(tmp_path / "out", build_slowly)
+    assert (tmp_path / "out" / "file").read_text() == "other"
+    build_once(tmp_path / "out", None)  # it is there
+    assert names(tmp_path) == ["out"]
+
+    def fails(scratch):
+        raise OutputError("no")
+
+    with pytest.raises(OutputError, match="no"):
+        build_once(tmp_path / "another", fails)
+    assert names(tmp_path) == ["out"]
+
+
+def test_what_cannot_appear_is_known_before(tmp_path, monkeypatch):
+    check_can_appear(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
+    build(tmp_path / "out")
+    with pytest.raises(OutputError, match="not empty"):
+        check_can_appear(tmp_path / "out")
+    check_can_appear(tmp_path / "out", overwrite=True, marker="plan.json")
+    assert names(tmp_path) == ["out"]
+    assert (tmp_path / "out" / "file").read_text() == "new"
+
+    def fails(path, *arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(publish.Path, "mkdir", fails)
+    with pytest.raises(OutputError, match="other cannot be created: Read-only file system"):
+        check_can_appear(tmp_path / "other")
 
 
 @pytest.mark.parametrize("when", ["before the lock", "under a lock of its own"])
