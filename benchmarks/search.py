@@ -201,7 +201,7 @@ def shapes(arguments: argparse.Namespace) -> None:
     chosen = [one for one in arguments.subjects.split(",") if one]
     subjects = read_mmlu(arguments.data_dir, chosen)
     encoding, parts = seconds(lambda: encode_questions(lm, subjects, 5, arguments.limit, 0))
-    captured, questions = seconds(lambda: [capture_questions(tail, one, cut) for one in parts.values()])
+    captured, questions = seconds(lambda: [capture_questions(tail, one, cut) for one in parts.values() if one.ids])
     after_capture = torch.cuda.memory_allocated() if gpu else 0
     mixture, loose = Mixture(tail, space, cut), Mixture(tail, free, cut)
     x = torch.tensor([step.alpha for step in steps], device=arguments.device)

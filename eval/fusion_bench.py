@@ -198,7 +198,7 @@ class Arms:
             self.subjects = read_mmlu(Path(bench.mmlu.data_dir) if bench.mmlu.data_dir else None, bench.mmlu.subjects)
         self.model = load_fused(assembled, device)
         check_finite(self.model, self.blocks[:1].to(device), [source.name for source in parts.sources[1:]])
-        self.stores: dict[str, Store] = {}
+        self._kept: Store | None = None  # the donors' states of all blocks, which most arms read
         self.assembled, self.dtype = assembled, dtype
         self._outputs: FusionForCausalLM | None = None
 
@@ -257,7 +257,7 @@ class Arms:
     ) -> Row:
         """A mode, or a control of it, trained and measured."""
         with self._model(mode, seed, control == "random-donor") as model:
-            store = self._store(model, f"random, seed {seed}" if control == "random-donor" else "real")
+            store = self._computed(model, "random weights") if control == "random-donor" else self._store(model)
             if control in ("zero", "shuffle"):
                 store = store.zeroed() if control == "zero" else store.shuffled()
             with from_entry(model, store) as begin:
@@ -351,12 +351,15 @@ class Arms:
                 layer._forward_hooks.clear()
                 layer._forward_hooks.update(hooks)
 
-    def _store(self, model: FusionForCausalLM, key: str) -> Store:
-        if key not in self.stores:
-            log.info("computing the donors' states of %d blocks (%s)", len(self.blocks), key)
-            tokens = any(MODES[mode].reads_tokens for mode in self.bench.arms)
-            self.stores[key] = compute(model, self.blocks, self.recipe.batch, tokens=tokens, device=self.device)
-        return self.stores[key]
+    def _store(self, model: FusionForCausalLM) -> Store:
+        if self._kept is None:
+            self._kept = self._computed(model, "trained weights")
+        return self._kept
+
+    def _computed(self, model: FusionForCausalLM, weights: str) -> Store:
+        log.info("computing the states of donors with %s, %d blocks", weights, len(self.blocks))
+        tokens = any(MODES[mode].reads_tokens for mode in self.bench.arms)
+        return compute(model, self.blocks, self.recipe.batch, tokens=tokens, device=self.device)
 
     def _measure(self, model: Any, tokenizer: Any = None) -> Measured:
         tokenizer = tokenizer or self.tokenizer
