@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
@@ -57,7 +58,8 @@ log = logging.getLogger(__name__)
 CONTROLS = ("zero", "shuffle", "random-donor", "lora")
 HOST = "host"
 MMLU = "mmlu"
-RESULTS_FILE = "results.json"
+RESULTS_FILE, SCHEMA_VERSION = "results.json", 1
+MAX_RESULTS = 1 << 30  # bytes: every document's bits of every row
 PROMPT, GENERATED = 32, 24  # tokens read and generated to measure the speed of generation
 
 
@@ -203,14 +205,10 @@ class Arms:
         self._outputs: FusionForCausalLM | None = None
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What the rows depend on, as plain data: models, texts, training, what is measured, and on what kind of device."""
-        texts = hashlib.sha256(self.blocks.numpy().tobytes() + json.dumps(self.documents).encode()).hexdigest()
-        found: dict[str, Any] = json.loads(json.dumps({
-            "bench": asdict(self.bench), **self.parts.identity, "training": asdict(self.recipe), "texts_sha256": texts,
-            "dtype": self.dtype, "device": self.device.partition(":")[0],
-        }))  # fmt: skip
-        return found
+    def data_hash(self) -> str:
+        """SHA-256 of all that is read: blocks to train on, documents, questions."""
+        questions = [asdict(subject) for subject in self.subjects]
+        return hashlib.sha256(self.blocks.numpy().tobytes() + json.dumps([self.documents, questions]).encode()).hexdigest()
 
     def rows(self, progress: Callable[[int], object] = lambda n: None, done: Sequence[Row] = ()) -> Iterator[Row]:
         """Every arm and control of the comparison from every seed, one after the other; told of tokens as it trains.
@@ -434,49 +432,77 @@ def bench_fusion(
     each = recipe.training.updates * recipe.training.batch * recipe.training.block
     total = bench.seeds * (len(bench.arms) + ("mixture" in bench.outputs) + len(bench.controls)) * each
     rows: list[Row] = []
+    device = training_device(device)
     with work_folder(out):
+        settings = _settings(bench, parts, dtype, device)
+        _read_rows(out / RESULTS_FILE, settings)  # what is of another comparison is refused before anything is written
         assemble(parts, out / "assembled")
-        arms = Arms(parts, out / "assembled", bench, training_device(device), dtype)
-        settings = arms.settings
+        arms = Arms(parts, out / "assembled", bench, device, dtype)
+        settings["data_sha256"] = arms.data_hash
         done = _read_rows(out / RESULTS_FILE, settings)
         with bars("training", "token", total) as bar:
             for row in arms.rows(bar.update, done):
                 rows.append(row)
-                told(rows)
                 if len(rows) > len(done):
-                    write_whole(out / RESULTS_FILE, json.dumps({"settings": settings, **record(rows, bench)}, indent=1) + "\n")
+                    about = {"schema_version": SCHEMA_VERSION, "settings": settings}
+                    write_whole(out / RESULTS_FILE, json.dumps(about | record(rows, bench), indent=1) + "\n")
+                told(rows)
         write_whole(out / "table.md", bench_report(rows, bench))
     return rows
+
+
+def _settings(bench: Bench, parts: Parts, dtype: str, device: str) -> dict[str, Any]:
+    """What rows depend on beside the data, as JSON gives it back."""
+    training = parts.recipe.training
+    assert training is not None
+    found: dict[str, Any] = json.loads(json.dumps({
+        "bench": asdict(bench), **parts.identity, "training": asdict(training), "dtype": dtype,
+        "device": device.partition(":")[0],
+    }))  # fmt: skip
+    return found
 
 
 def _read_rows(path: Path, settings: Mapping[str, Any]) -> list[Row]:
     """The rows of a comparison that was begun: the first of what `Arms.rows` gives.
 
     Raises:
-        EvalError: they are of another, or the file is damaged.
+        EvalError: one of `settings` is another there, or the file is damaged.
     """
     if not path.exists():
         return []
-    content = read_json(path)
-    there = content.get("settings", {})
-    if differs := sorted(key for key in {*there, *settings} if there.get(key) != settings.get(key)):
-        raise EvalError(
-            f"{path} is of a comparison with other settings ({', '.join(differs)}); give another --out, or remove {path.parent}"
-        )
+    content = read_json(path, max_bytes=MAX_RESULTS)
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise EvalError(f"{path} is not of this program, or of an earlier version; give another --out, or remove it")
     try:
-        return [
-            Row(
-                one["arm"], one["seed"], one["parameters"], one["trained"],
-                Measured(
-                    {name: Bits(np.array(one["bits"][name]), np.array(one["bytes"][name])) for name in one["bits"]},
-                    one["tokens_per_s"], one["generated_per_s"], one["peak_bytes"],
-                ),
-                one["loss"], one["train_s"], one["losses"],
-            )
-            for one in content["rows"]
-        ]  # fmt: skip
-    except (KeyError, TypeError, ValueError) as error:
+        there, rows = dict(content["settings"]), [_row(one) for one in content["rows"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise EvalError(f"{path} is damaged ({short(error)}); remove it to begin again") from error
+    if differs := sorted(key for key in settings if there.get(key) != settings[key]):
+        raise EvalError(
+            f"{path} is of a comparison with other settings ({', '.join(differs)}); give another --out, or remove it"
+        )
+    return rows
+
+
+def _row(one: Mapping[str, Any]) -> Row:
+    """The inverse of what `record` makes of a row."""
+    bits = {name: Bits(_numbers(found), _numbers(one["bytes"][name])) for name, found in one["bits"].items()}
+    measured = Measured(bits, one["tokens_per_s"], one["generated_per_s"], one["peak_bytes"])
+    losses = _numbers(one["losses"]).tolist()
+    return Row(one["arm"], one["seed"], one["parameters"], one["trained"], measured, one["loss"], one["train_s"], losses)
+
+
+def _numbers(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
+    return np.array([math.nan if one is None else one for one in values], dtype=float)
+
+
+def _plain(value: Any) -> Any:
+    """JSON values, of which none is NaN or infinite: those are null."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def pooled(rows: Sequence[Row], arm: str, domain: str) -> Bits:
@@ -546,8 +572,8 @@ def bench_report(rows: Sequence[Row], bench: Bench) -> str:
 
 
 def record(rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
-    """Everything as plain data."""
-    return {
+    """Everything as plain data; numbers that are not finite are None."""
+    found: dict[str, Any] = _plain({
         "bench": asdict(bench),
         "rows": [
             {
@@ -562,4 +588,5 @@ def record(rows: Sequence[Row], bench: Bench) -> dict[str, Any]:
             for row in rows
         ],
         "claims": claims(rows, bench),
-    }  # fmt: skip
+    })  # fmt: skip
+    return found

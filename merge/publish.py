@@ -125,6 +125,11 @@ def work_folder(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _in_use(folder) from error
+        except OSError as error:
+            for one in (folder, *created_parents):
+                with suppress(OSError):  # not empty
+                    one.rmdir()
+            raise _cannot_be_locked(folder, error) from error
         if not os.fstat(lock).st_nlink:  # its last user ended, and removed it, between the two lines above
             raise _in_use(folder)
         try:
@@ -133,6 +138,27 @@ def work_folder(folder: Path) -> Iterator[None]:
             for one in (folder, *created_parents):  # under the lock: nobody else's
                 with suppress(OSError):  # not empty
                     one.rmdir()
+    finally:
+        os.close(lock)
+
+
+@contextmanager
+def in_turn(folder: Path) -> Iterator[None]:
+    """Waits until no other process is in such a block for this folder: for files that several write whole.
+
+    Raises:
+        OutputError: the folder is not there, or cannot be locked.
+    """
+    try:
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise _cannot_be_locked(folder, error) from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            raise _cannot_be_locked(folder, error) from error
+        yield
     finally:
         os.close(lock)
 
@@ -156,7 +182,7 @@ def lock_file(path: Path) -> int:
         if isinstance(error, (BlockingIOError, FileNotFoundError)):
             raise _in_use(path) from error
         if isinstance(error, OSError) and not isinstance(error, MergeError):
-            raise OutputError(f"{path} cannot be locked: {error.strerror or error}; give --out on another disk") from error
+            raise _cannot_be_locked(path, error) from error
         raise
     return lock
 
@@ -213,11 +239,14 @@ def whole_file(path: Path) -> Iterator[Path]:
     """
     scratch = path.with_name(path.name + ".partial")
     try:
+        scratch.unlink(missing_ok=True)  # of a run that was killed
         scratch.touch()
-        mode = scratch.stat().st_mode
+        mode = scratch.stat().st_mode  # as the umask has it
+        scratch.unlink()
         yield scratch
-        if scratch.stat().st_mode != mode:  # the umask's; safetensors makes files of its own, for the owner alone
-            scratch.chmod(mode)
+        if scratch.stat().st_mode != mode:  # safetensors makes its own, for the owner alone
+            with suppress(OSError):  # a disk that has no modes
+                scratch.chmod(mode)
         _flush_file(scratch)
         scratch.replace(path)
     except MergeError:
@@ -237,6 +266,10 @@ def write_whole(path: Path, text: str) -> None:
 
 def _in_use(path: Path) -> OutputError:
     return OutputError(f"{path} is in use by another run; wait for it, or give another --out")
+
+
+def _cannot_be_locked(path: Path, error: OSError) -> OutputError:
+    return OutputError(f"{path} cannot be locked: {error.strerror or error}; give --out on another disk")
 
 
 def _cannot_be_written(path: Path, error: Exception) -> OutputError:

@@ -82,6 +82,7 @@ def resolve(
     Raises:
         ModelNotFoundError: nothing of that name can be reached.
         CheckpointError: a .gguf file that cannot be converted.
+        OutputError: what is made of it, or of a tiny model, cannot be written.
     """
     cache = cache or default_cache()
     if spec.startswith(PREFIX):
@@ -118,6 +119,7 @@ def convert_gguf(path: Path, cache: Path) -> Path:
 
     Raises:
         CheckpointError: transformers cannot read the file.
+        OutputError: the folder cannot be written.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -226,27 +226,41 @@ def test_every_seed_has_random_donors_of_its_own(tmp_path, tiny_cache, monkeypat
     assert torch.equal(one.aligned[0], again.aligned[0])
 
 
-def test_a_comparison_goes_on_where_it_stopped(tmp_path, tiny_cache, monkeypatch):
-    """With the same rows as one that was not stopped; no other's rows are replaced."""
+@pytest.fixture
+def small(tmp_path, tiny_cache, monkeypatch):
+    """(a comparison, its recipe, a function that makes it into a folder); speed and memory are not measured."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "bench.yaml").write_text(CONFIG)
+    write_archive(tmp_path / "questions")
     bench, content = read_bench(tmp_path / "bench.yaml")
-    bench = replace(bench, arms=("attention",), outputs=("mixture",), controls=("random-donor", "lora"), mmlu=None)
-    recipe = recipe_from(content, "bench")
-    options = {"configs": CONFIGS, "device": "cpu", "dtype": "float32"}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_cache))
-    whole = bench_fusion(bench, recipe, tmp_path / "whole", **options)
-    for stop in (3, 5):  # after the host, its donor and the first arm; and after a control
+    monkeypatch.setattr(Arms, "_generated_per_s", lambda arms, model: 1.0)
+    monkeypatch.setattr(Arms, "_peak", lambda arms, model: 1)
+
+    def make(bench, recipe, out, **options):
+        return bench_fusion(bench, recipe, tmp_path / out, configs=CONFIGS, device="cpu", dtype="float32", **options)
+
+    return bench, recipe_from(content, "bench"), make
+
+
+def test_a_comparison_goes_on_where_it_stopped(small, tmp_path):
+    """With the same rows as one that was not stopped, whatever it stopped after."""
+    bench, recipe, make = small
+    bench = replace(bench, outputs=("mixture",), controls=("shuffle", "random-donor", "lora"), seeds=2)
+    whole = make(bench, recipe, "whole")
+    assert len(whole) == 2 + 2 * 6
+    results = tmp_path / "out" / "results.json"
+    for stop in (2, 3, 6, 9):  # after the donor; an arm; a control; the first arm of the second seed
 
         def told(rows, stop=stop):
-            if len(rows) > stop:
+            if len(rows) == stop:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            bench_fusion(bench, recipe, tmp_path / "out", told=told, **options)
-        assert len(json.loads((tmp_path / "out" / "results.json").read_text())["rows"]) == stop
-    found = bench_fusion(bench, recipe, tmp_path / "out", **options)
+            make(bench, recipe, "out", told=told)
+        assert len(json.loads(results.read_text())["rows"]) == stop
+    found = make(bench, recipe, "out")
     for one, two in zip(whole, found, strict=True):
         assert (one.arm, one.seed, one.parameters, one.trained, one.losses) == (
             two.arm, two.seed, two.parameters, two.trained, two.losses
@@ -254,18 +268,58 @@ def test_a_comparison_goes_on_where_it_stopped(tmp_path, tiny_cache, monkeypatch
         for name, bits in one.measured.bits.items():
             np.testing.assert_array_equal(bits.bits, two.measured.bits[name].bits)
             np.testing.assert_array_equal(bits.bytes, two.measured.bits[name].bytes)
-    before = (tmp_path / "out" / "results.json").read_bytes()
+
+
+def test_rows_of_another_comparison_are_kept_and_refused(small, tmp_path, monkeypatch):
+    bench, recipe, make = small
+    bench = replace(bench, arms=("attention",), outputs=(), controls=())
+    results = tmp_path / "out" / "results.json"
+    make(bench, recipe, "out")
+    before = results.read_bytes()
     monkeypatch.setattr(Arms, "_measure", None)  # nothing is measured again
-    bench_fusion(bench, recipe, tmp_path / "out", **options)
+    make(bench, recipe, "out")
     longer = replace(recipe, training=replace(recipe.training, updates=3))
-    with pytest.raises(EvalError, match=r"other settings \(texts_sha256, training\); give another --out"):
-        bench_fusion(bench, longer, tmp_path / "out", **options)
-    with pytest.raises(EvalError, match=r"other settings \(bench, texts_sha256\)"):
-        bench_fusion(replace(bench, documents=2), recipe, tmp_path / "out", **options)
-    assert (tmp_path / "out" / "results.json").read_bytes() == before
-    (tmp_path / "out" / "results.json").write_text(json.dumps(json.loads(before) | {"rows": [{"arm": "host"}]}))
-    with pytest.raises(EvalError, match=r"results.json is damaged"):
-        bench_fusion(bench, recipe, tmp_path / "out", **options)
+    with pytest.raises(EvalError, match=r"other settings \(training\); give another --out"):
+        make(bench, longer, "out")
+    with pytest.raises(EvalError, match=r"other settings \(bench\)"):
+        make(replace(bench, documents=2), recipe, "out")
+    for name in ("text.txt", "questions/test/anatomy_test.csv"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(text.replace("e", "a"))
+        with pytest.raises(EvalError, match=r"other settings \(data_sha256\)"):
+            make(bench, recipe, "out")
+        (tmp_path / name).write_text(text)
+    assert results.read_bytes() == before
+    good = json.loads(before)
+    wrong = {
+        "is damaged": [good | {"rows": [{"arm": "host"}]}, good | {"rows": None}, good | {"settings": None}],
+        "an earlier version": [[], {key: value for key, value in good.items() if key != "schema_version"}],
+    }
+    for said, contents in wrong.items():
+        for content in contents:
+            results.write_text(json.dumps(content))
+            with pytest.raises(EvalError, match=said):
+                make(bench, recipe, "out")
+
+
+def test_a_row_that_is_not_a_number_can_be_gone_on_from(small, tmp_path, monkeypatch):
+    """A donor that overflows above its taps is no reason to lose the others."""
+    bench, recipe, make = small
+    bench = replace(bench, arms=("attention",), outputs=(), controls=())
+    measured = Arms._measure
+
+    def broken(arms, model, tokenizer=None):
+        found = measured(arms, model, tokenizer)
+        if tokenizer is not None:  # a donor
+            found.bits["prose"].bits[:] = math.nan
+        return found
+
+    monkeypatch.setattr(Arms, "_measure", broken)
+    first = make(bench, recipe, "out")
+    again = make(bench, recipe, "out")
+    for one, two in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one.measured.bits["prose"].bits, two.measured.bits["prose"].bits)
+    assert math.isnan(again[1].measured.bits["prose"].per_byte)
 
 
 def test_the_whole_comparison(run, tmp_path):

@@ -12,7 +12,7 @@ from tiny import ROOT
 
 from merge import publish
 from merge.errors import OutputError
-from merge.publish import build_once, check_can_appear, new_folder, whole_file, work_folder
+from merge.publish import build_once, check_can_appear, in_turn, new_folder, whole_file, work_folder
 
 
 def build(target, text="new", **options):
@@ -135,6 +135,10 @@ def test_modes_follow_the_umask(tmp_path):
 
 @pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
 def test_modes_of_files_follow_the_umask(umask, tmp_path):
+    """Whatever a killed run has left under the scratch name."""
+    stale = tmp_path / "weights.safetensors.partial"
+    stale.write_text("x")
+    stale.chmod(0o640)
     before = os.umask(umask)
     try:
         with whole_file(tmp_path / "weights.safetensors") as scratch:
@@ -159,6 +163,49 @@ def test_parent_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be created"):
         build(tmp_path / "file" / "out")
+
+
+def test_a_file_is_whole_also_where_there_are_no_modes(tmp_path, monkeypatch):
+    def refuses(*arguments, **options):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(publish.Path, "chmod", refuses)
+    with whole_file(tmp_path / "w") as scratch:
+        save_file({"w": torch.zeros(2)}, scratch)
+    assert names(tmp_path) == ["w"]
+    with pytest.raises(OutputError, match="nothing cannot be written: No such file"), whole_file(tmp_path / "nothing"):
+        pass
+    assert names(tmp_path) == ["w"]
+
+
+def test_where_nothing_can_be_locked(tmp_path, monkeypatch):
+    def refuses(*arguments):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(publish.fcntl, "flock", refuses)
+    for context in (work_folder(tmp_path / "a" / "run"), in_turn(tmp_path)):
+        with pytest.raises(OutputError, match="cannot be locked: Operation not supported; give --out on another disk"), context:
+            pass
+    assert names(tmp_path) == []
+
+
+def test_files_that_several_write_are_written_in_turn(tmp_path):
+    """Several processes that write one file at the same time, again and again: all succeed, and it is always whole."""
+    code = (
+        "import sys; from pathlib import Path; from merge.publish import in_turn, write_whole\n"
+        "folder = Path(sys.argv[1])\n"
+        "for number in range(100):\n"
+        "    with in_turn(folder):\n"
+        "        write_whole(folder / 'report', sys.argv[2] * 10_000)\n"
+        "    text = (folder / 'report').read_text()\n"
+        "    assert len(text) == 10_000 and len(set(text)) == 1, (len(text), set(text))\n"
+    )
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path), letter], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for letter in "ab"
+    ]
+    for run in runs:
+        assert (run.communicate(timeout=120)[1], run.returncode) == ("", 0)
 
 
 def test_a_folder_is_built_once(tmp_path):

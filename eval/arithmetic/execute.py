@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from merge.publish import whole_file, work_folder, write_whole
+from merge.publish import in_turn, whole_file, work_folder, write_whole
 from merge.records import read_json
 
 from ..errors import EvalError, StudyError, short
@@ -222,8 +222,9 @@ def make_all(
             failed = _in_processes(study, out, waiting, workers, compiled, progress, finished)
         else:
             failed = _in_groups(study, out, waiting, device, progress, finished)
-        for run in study.runs:
-            write_final_info(run, out)
+        with in_turn(out):
+            for run in study.runs:
+                write_final_info(run, out)
     return {cell.folder: message for cell, message in failed.items()}
 
 
@@ -306,8 +307,9 @@ def begin(study: Study, out: Path) -> None:
     check(study, out)
     for run in study.runs:
         path = out / run.name / "definition.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(definition(study, run), indent=2) + "\n")
+        if not path.exists():  # otherwise it is the same, and may be read or another process's
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(definition(study, run), indent=2) + "\n")
 
 
 def check(study: Study, out: Path) -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from merge.publish import in_turn
+
 from .execute import Finished, check, make_all
 from .plots import draw_all
 from .report import Row, on_disk, summarise, write_report
@@ -89,13 +91,15 @@ def run_arithmetic(
 
     Raises:
         StudyError: `out` holds other runs of the same names, or a worker process died.
+        OutputError: another process makes cells of one of these runs, or nothing can be written there.
     """
     started = time.perf_counter()
     failed = make_all(study, out, workers=workers, device=device, compiled=compiled, progress=progress, finished=finished)
     seconds = time.perf_counter() - started
-    found = on_disk(whole or study, out)
-    rows = summarise(found, out, published)
-    write_report(found, out, rows, plots=plots)
+    with in_turn(out):
+        found = on_disk(whole or study, out)
+        rows = summarise(found, out, published)
+        write_report(found, out, rows, plots=plots)
     return Made(found, rows, failed, seconds)
 
 
@@ -109,4 +113,7 @@ def draw_arithmetic(
     """
     check(study, out)
     rows = summarise(study, out, published)
-    return rows, draw_all(study, out, rows, log_x=log_x, with_page=with_page) if rows else []
+    if not rows:
+        return rows, []
+    with in_turn(out):
+        return rows, draw_all(study, out, rows, log_x=log_x, with_page=with_page)
