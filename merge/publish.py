@@ -37,9 +37,13 @@ def new_folder(target: Path, *, overwrite: bool = False, marker: str | None = No
     check_target(target, overwrite=overwrite, marker=marker)
     created_parents = _missing_parents(target.parent)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        remove_dead_scratch(target)
-        scratch, lock = _locked_scratch(target)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_dead_scratch(target)
+            scratch, lock = _locked_scratch(target)
+        except FileNotFoundError:  # another run made the parents, failed, and removed them just now
+            target.parent.mkdir(parents=True, exist_ok=True)
+            scratch, lock = _locked_scratch(target)
     except OSError as error:
         raise OutputError(f"{target} cannot be created: {error.strerror or error}") from error
     try:

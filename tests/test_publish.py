@@ -246,6 +246,19 @@ def test_what_cannot_appear_is_known_before(tmp_path, monkeypatch):
         check_can_appear(tmp_path / "other")
 
 
+def test_parents_that_another_run_removes(tmp_path, monkeypatch):
+    """It made them, and failed, while this one had not yet made anything in them."""
+    found = publish.remove_dead_scratch
+
+    def removed_meanwhile(target):
+        target.parent.rmdir()
+        return found(target)
+
+    monkeypatch.setattr(publish, "remove_dead_scratch", removed_meanwhile)
+    build(tmp_path / "a" / "out")
+    assert names(tmp_path / "a") == ["out"]
+
+
 @pytest.mark.parametrize("when", ["before the lock", "under a lock of its own"])
 def test_a_run_that_starts_beside_this_one_takes_no_folder_from_it(when, tmp_path, monkeypatch):
     """A new scratch folder that is not locked yet looks like a dead run's; whoever lost it makes another."""
