@@ -214,29 +214,24 @@ class Arms:
         """Every arm and control of the comparison from every seed, one after the other; told of tokens as it trains.
 
         Args:
-            done: rows of the same comparison that there are already.
+            done: rows of the same comparison that there are already: the first of all.
         """
         bench = self.bench
-        jobs: list[tuple[str, int, Callable[[], Row]]] = [(HOST, 0, self.host)]
-        jobs += [(self._donor_name(number), 0, partial(self.donor, number)) for number in range(len(self.parts.recipe.donors))]
+        jobs: list[Callable[[], Row]] = [self.host]
+        jobs += [partial(self.donor, number) for number in range(len(self.parts.recipe.donors))]
         for seed in range(bench.seeds):
-            jobs += [(mode, seed, partial(self.fused, mode, seed, None, progress)) for mode in bench.arms]
-            jobs += [(f"{mode} of outputs", seed, partial(self.output, mode, seed, progress)) for mode in bench.outputs]
+            jobs += [partial(self.fused, mode, seed, None, progress) for mode in bench.arms]
+            jobs += [partial(self.output, mode, seed, progress) for mode in bench.outputs]
             jobs += [
-                ("lora", seed, partial(self.lora, seed, progress))
+                partial(self.lora, seed, progress)
                 if control == "lora"
-                else (f"{bench.controlled}, {control}", seed, partial(self.fused, bench.controlled, seed, control, progress))
+                else partial(self.fused, bench.controlled, seed, control, progress)
                 for control in bench.controls
             ]
-        there = {(row.arm.partition(", rank ")[0], row.seed): row for row in done}
-        each = self.recipe.updates * self.recipe.batch * self.recipe.block
-        for name, seed, make in jobs:
-            row = there.get((name, seed))
-            if row is None:
-                row = make()
-            elif row.trained:
-                progress(each)
-            yield row
+        progress(self.recipe.updates * self.recipe.batch * self.recipe.block * sum(row.trained > 0 for row in done))
+        yield from done
+        for make in jobs[len(done) :]:
+            yield make()
 
     def host(self) -> Row:
         """The host alone."""
@@ -248,7 +243,7 @@ class Arms:
         source = self.parts.sources[1 + number]
         model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=self.model.host.dtype).to(self.device).eval()
         found = self._measure(model, read_tokenizer(source))
-        return Row(self._donor_name(number), 0, sum(x.numel() for x in model.parameters()), 0, found)
+        return Row(f"donor {number}: {source.name}", 0, sum(x.numel() for x in model.parameters()), 0, found)
 
     def fused(
         self, mode: str, seed: int, control: str | None = None, progress: Callable[[int], object] = lambda n: None
@@ -311,9 +306,6 @@ class Arms:
     def _row(self, name: str, seed: int, total: int, count: int, found: Measured, trained: Trained) -> Row:
         losses = [entry[1] for entry in trained.log if not math.isnan(entry[1])]
         return Row(name, seed, total, count, found, trained.log[-1][1], round(trained.time_s, 2), losses)
-
-    def _donor_name(self, number: int) -> str:
-        return f"donor {number}: {self.parts.sources[1 + number].name}"
 
     def _train(self, model: Any, seed: int, logits_of: Any, progress: Callable[[int], object]) -> Trained:
         recipe = replace(self.recipe, seed=seed)

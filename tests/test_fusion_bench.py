@@ -190,11 +190,16 @@ def test_a_wrong_comparison_is_refused(tmp_path, old, new, said):
 
 
 @pytest.fixture
-def run(tmp_path, tiny_cache):
-    """Runs a script in a folder with a config and a text."""
+def inputs(tmp_path):
+    """Writes what the config needs, and the config, into the test's folder."""
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "bench.yaml").write_text(CONFIG)
     write_archive(tmp_path / "questions")
+
+
+@pytest.fixture
+def run(tmp_path, tiny_cache, inputs):
+    """Runs a script in a folder with a config and a text."""
     environment = os.environ | {"XDG_CACHE_HOME": str(tiny_cache), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
 
     def call(script, *arguments, status=0):
@@ -206,11 +211,8 @@ def run(tmp_path, tiny_cache):
     return call
 
 
-def test_every_seed_has_random_donors_of_its_own(tmp_path, tiny_cache, monkeypatch):
+def test_every_seed_has_random_donors_of_its_own(tmp_path, tiny_cache, monkeypatch, inputs):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "bench.yaml").write_text(CONFIG)
-    write_archive(tmp_path / "questions")
     bench, content = read_bench(tmp_path / "bench.yaml")
     parts = make_parts(recipe_from(content, "bench"), [tiny_source(name, tiny_cache) for name in ("llama3.2-1b", "phi3-mini")])
     assemble(parts, tmp_path / "assembled")
@@ -227,12 +229,9 @@ def test_every_seed_has_random_donors_of_its_own(tmp_path, tiny_cache, monkeypat
 
 
 @pytest.fixture
-def small(tmp_path, tiny_cache, monkeypatch):
+def small(tmp_path, tiny_cache, monkeypatch, inputs):
     """(a comparison, its recipe, a function that makes it into a folder); speed and memory are not measured."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "text.txt").write_text(TEXT)
-    (tmp_path / "bench.yaml").write_text(CONFIG)
-    write_archive(tmp_path / "questions")
     bench, content = read_bench(tmp_path / "bench.yaml")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tiny_cache))
     monkeypatch.setattr(Arms, "_generated_per_s", lambda arms, model: 1.0)
