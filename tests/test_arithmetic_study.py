@@ -373,9 +373,10 @@ def test_verdicts_count_how_many_were_tested(tmp_path):
 
 
 def test_what_starts_trained_is_compared_in_accuracy(tmp_path):
-    study = chosen(read_study(STUDY), ["merge-layers-adapters"])
+    study = chosen(read_study(STUDY), ["merge-layers-adapters", "source-4-layers-750"])
     for seed in range(3):
-        write_cell(tmp_path, "source-4-layers", seed, 3000, full_val_acc=0.9)
+        write_cell(tmp_path, "source-4-layers", seed, 3000, full_val_acc=0.8)
+        write_cell(tmp_path, "source-4-layers-750", seed, 10, full_val_acc=0.9)
         write_cell(tmp_path, "merge-layers-adapters", seed, 10, full_val_acc=0.9 + 0.01 * seed)
     row = next(one for one in summarise(study, tmp_path) if one.run == "merge-layers-adapters")
     assert (row.paired_in, row.paired.value) == ("accuracy", pytest.approx(0.01))
