@@ -24,7 +24,7 @@ QUANTITIES = {  # column of the log -> name of the figure's file, axis
 }
 STYLES = ("-", "--", "-.", ":", (0, (7, 2)), (0, (1, 3)), (0, (6, 2, 1, 2, 1, 2)), (0, (3, 4)))  # 56 looks with the colours
 SMOOTHED = 5  # evaluations per drawn point: spikes of single evaluations would hide the lines
-BESIDE = 8  # more runs than this, and the legend stands beside the axes
+BESIDE = 4  # more runs than this, and the legend stands beside the axes
 
 
 def draw_all(study: Study, out: Path, rows: Sequence[Row], *, log_x: bool = False, with_page: bool = True) -> list[Path]:
