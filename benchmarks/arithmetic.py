@@ -3,7 +3,7 @@
 One thread, processor milliseconds per update, a tenth of an evaluation included; data set x_div_y, batches of 512.
   plain     item by item through a DataLoader, nn.MultiheadAttention over all positions (benchmarks/_plain.py)
   layerfuse eval.arithmetic.train, eager and compiled; sampled evaluations after every 10 updates, all pairs after every 100
-  bf16      the same compiled, matrix products in bfloat16 (oneDNN; worth something only where the processor has them)
+  bf16      the same compiled, matrix products in bfloat16 (matmul_precision), where the processor has them
 Each is timed in turn, several times over; given is the median of means over a hundred updates, and the ratios of medians.
 
     python benchmarks/arithmetic.py
@@ -53,6 +53,7 @@ def main() -> None:
     from benchmarks._plain import Network, Training, copy_weights
     from eval.arithmetic.batches import Member, Recipe
     from eval.arithmetic.models import Model, initialise
+    from eval.arithmetic.precision import has_bfloat16_products
     from eval.arithmetic.tasks import make_task, split
     from eval.arithmetic.train import train
 
@@ -70,11 +71,10 @@ def main() -> None:
     def plain() -> list[float]:
         return [timed(training.round) for _ in range(arguments.rounds)]
 
-    def ours(compiled: bool, precision: str = "ieee") -> list[float]:
+    def ours(compiled: bool, precision: str = "float32") -> list[float]:
         """Seconds of every round; the first, in which code may be compiled, is left out."""
         marks: list[float] = []
-        torch.backends.mkldnn.matmul.fp32_precision = precision
-        recipe = Recipe(updates=updates + 100, exhaustive_every=100)
+        recipe = Recipe(updates=updates + 100, exhaustive_every=100, matmul_precision=precision)
         train(
             model,
             [Member(task, parts, 0, start)],
@@ -82,12 +82,13 @@ def main() -> None:
             compiled=compiled,
             progress=lambda n: marks.append(time.process_time()),
         )
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
         return [b - a for a, b in pairwise(marks)][9:]
 
     ways: dict[str, Callable[[], list[float]]] = {"plain": plain, "eager": lambda: ours(False)}
     if not arguments.no_compile:
-        ways |= {"compiled": lambda: ours(True), "bf16": lambda: ours(True, "bf16")}
+        ways |= {"compiled": lambda: ours(True)}
+    if not arguments.no_compile and has_bfloat16_products():
+        ways |= {"bf16": lambda: ours(True, "bfloat16")}
     for one in ways.values():  # warm up
         one()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -108,7 +109,7 @@ def main() -> None:
                 "cpu_ms_per_update": {k: round(v, 3) for k, v in ms.items()},
                 "times_faster": {k: round(ms["plain"] / v, 3) for k, v in ms.items()}, "turns": arguments.turns,
                 "torch": torch.__version__, "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(),
-                "bf16_products": torch.backends.cpu.get_cpu_capability(), "commit": commit(),
+                "bfloat16_products": has_bfloat16_products(), "commit": commit(),
             }
         )
     )  # fmt: skip

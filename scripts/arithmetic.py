@@ -49,6 +49,10 @@ def add_study_options(result: argparse.ArgumentParser) -> None:
     what.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1 (default: the study's)")
     what.add_argument("--steps", type=int, metavar="N", help="updates of runs that do not say how many (default: the study's)")
     what.add_argument("--modulus", type=int, metavar="P", help="of the modular tasks (default: the study's)")
+    what.add_argument(
+        "--matmul-precision", metavar="NAME",
+        help="float32, or bfloat16 where the CPU has such products: faster (default: the study's, float32)",
+    )  # fmt: skip
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -113,9 +117,9 @@ def hugging_face(arguments: argparse.Namespace) -> int:
     from eval.arithmetic.hugging_face import grid_cells, grid_table, plans, read_grid, run_grid
     from merge.runtime import training_device
 
-    for option in ("runs", "datasets", "seeds", "steps", "modulus"):
+    for option in ("runs", "datasets", "seeds", "steps", "modulus", "matmul_precision"):
         if getattr(arguments, option) is not None:
-            raise UsageError(f"--{option} is of the study's own networks; change {arguments.config} instead")
+            raise UsageError(f"--{option.replace('_', '-')} is of the study's own networks; change {arguments.config} instead")
     if arguments.workers is not None:
         raise UsageError("--workers is of the study's own networks; these models are trained one after the other")
     grid = read_grid(arguments.config, CONFIGS)
@@ -140,13 +144,13 @@ def find_study(arguments: argparse.Namespace, *, everything: bool = False) -> An
     from eval.arithmetic.run import arithmetic_study
 
     check_positive(arguments, "seeds", "steps", "modulus")
-    both = {"steps": arguments.steps, "modulus": arguments.modulus}
+    shared = {name: getattr(arguments, name) for name in ("steps", "modulus", "matmul_precision")}
     if everything:
-        return arithmetic_study(arguments.config, **both)
+        return arithmetic_study(arguments.config, **shared)
     runs, datasets = (
         [one.strip() for one in names.split(",")] if names else () for names in (arguments.runs, arguments.datasets)
     )
-    return arithmetic_study(arguments.config, runs=runs, datasets=datasets, seeds=arguments.seeds, **both)
+    return arithmetic_study(arguments.config, runs=runs, datasets=datasets, seeds=arguments.seeds, **shared)
 
 
 def plan(study: Any) -> str:

@@ -10,6 +10,7 @@ import torch
 from benchmarks._plain import Network, Training, copy_weights, plain_names
 from eval.arithmetic.layers import Sequences
 from eval.arithmetic.models import FUSIONS, Model, Source, initialise, logits, num_parameters, shapes
+from eval.arithmetic.precision import has_bfloat16_products
 from eval.arithmetic.tasks import TASKS, generator, make_task, split
 from eval.arithmetic.batches import Member, Recipe
 from eval.arithmetic.train import train
@@ -182,6 +183,23 @@ def test_the_loss_curve_is_the_plain_one():
         theirs.append(training.update(tokens, task.answer[row]))
     assert np.abs(ours.log[1:, 1] - np.array(theirs)[:, 0]).max() < 2e-6
     assert ours.log[-1, 1] < ours.log[1, 1]
+
+
+def test_bfloat16_rounds_the_factors_of_products_and_nothing_else():
+    task, model, recipe = make_task("x_div_y", 31), Model(), Recipe(updates=20, batch=64, drawn=64, exhaustive_every=10)
+    member = Member(task, split(task, 0), 0, initialise(model, task, 0))
+    rounded = replace(recipe, matmul_precision="bfloat16")
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    if not has_bfloat16_products():
+        with pytest.raises(StudyError, match="this CPU makes no such products"):
+            train(model, [member], rounded)
+        return
+    (exact,), (found,) = train(model, [member], recipe), train(model, [member], rounded)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert {value.dtype for value in found.weights.values()} == {torch.float32}
+    assert not torch.equal(found.weights["s0.head.weight"], exact.weights["s0.head.weight"])
+    # 1e-4 here; a loss of 3.4 that is itself rounded to bfloat16 is moved by up to 8e-3.
+    assert 0 < np.abs(found.log[1:, 1] - exact.log[1:, 1]).max() < 1e-3
 
 
 def test_adapters_start_as_their_reference():

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tiny import CONFIGS, ROOT
 
+from eval.arithmetic import precision
 from eval.arithmetic.average import average, matched, permuted, target, widened
 from eval.arithmetic.batches import Recipe
 from eval.arithmetic.execute import begin, flops_per_update, is_source, make_all, read_log, read_result, split_of
@@ -87,6 +88,8 @@ def test_the_study_names_every_published_run():
         ("[x_plus_y]", "[x_plus_y, x_plus_y]", "named twice"),
         ("modulus: 11", "modulus: 11\nfraction: 5.0", "fraction is 5.0"),
         ("fusion: concat, learning", "fusion: concat, heads: 0, learning", "has 0 heads"),
+        ("updates: 30,", "updates: 30, matmul_precision: bf16,", "no matmul_precision 'bf16'; did you mean bfloat16"),
+        ("compare: wide", "compare: wide, matmul_precision: half", "run joined: there is no matmul_precision 'half'"),
         ("mode: average", "mode: average, fusion: concat", "leave `fusion` out"),
         ("mode: finetune, trained: [baseline, wide]", "mode: finetune", "mode finetune goes with `trained`"),
         ("[x_plus_y]\nseeds: 2\nmodulus: 11", "[x_div_y]\nseeds: 2\nmodulus: 12", "prime modulus, found 12"),
@@ -164,6 +167,30 @@ def test_other_settings_do_not_touch_results(small, tmp_path):
     assert definition(small, small.run("joined")) != definition(
         replace(small, runs=(changed, *small.runs[1:])), small.run("joined")
     )
+
+
+def test_a_precision_is_part_of_what_a_run_is(small, tmp_path):
+    """The study's or the run's own; float32 is not written down, so results from before there was another stay good."""
+    wide, joined = small.run("wide"), small.run("joined")
+    assert "matmul_precision" not in json.dumps(definition(small, joined))
+    other = replace(small, recipe=replace(small.recipe, matmul_precision="bfloat16"))
+    assert definition(other, wide)["recipe"]["matmul_precision"] == "bfloat16"
+    own = replace(small, runs=(small.runs[0], replace(wide, matmul_precision="bfloat16"), *small.runs[2:]))
+    assert definition(own, own.run("wide")) == definition(other, wide)
+    assert definition(own, joined) != definition(small, joined)  # it is made of that network
+    begin(small, tmp_path / "out")
+    with pytest.raises(StudyError, match=r"other settings .*recipe.matmul_precision: None there, 'bfloat16' here"):
+        begin(other, tmp_path / "out")
+
+
+def test_products_that_a_machine_does_not_make_are_refused(small, tmp_path, monkeypatch):
+    other = replace(small, recipe=replace(small.recipe, matmul_precision="bfloat16"))
+    with pytest.raises(StudyError, match="is of CPUs, found cuda"):
+        make_all(other, tmp_path / "out", workers=1, device="cuda")
+    monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
+    with pytest.raises(StudyError, match="this CPU makes no such products"):
+        make_all(other, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_is_made_by_one_process(small, tmp_path):
@@ -477,6 +504,7 @@ def test_the_scripts(run, tmp_path):
         (["--runs", "only-plus", "--datasets", "x_plus_y"], 1, "there are no runs"),
         (["--config", "nothing.yaml"], 1, "nothing.yaml cannot be read"),
         (["--seeds", "0"], 2, "--seeds is 0"),
+        (["--matmul-precision", "float16"], 1, "no matmul_precision 'float16'; did you mean"),
         (["--device", "cuda:9"], 1, "cannot be used here"),
     ],
 )

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..errors import StudyError
+from ..errors import StudyError, near
 from .models import Model
+from .precision import PRECISIONS
 from .tasks import Split, Task, draws, generator
 
 LENGTHS = 256  # lengths of sampled evaluations are multiples of it
@@ -28,6 +29,7 @@ class Recipe:
     evaluate_every: int = 10
     drawn: int = 4096  # validation pairs, with replacement
     exhaustive_every: int = 100  # updates between evaluations over all validation pairs
+    matmul_precision: str = PRECISIONS[0]  # of training and of evaluations
 
     def __post_init__(self) -> None:
         if self.updates < 0 or min(self.batch, self.evaluate_every, self.drawn, self.exhaustive_every) < 1:
@@ -36,6 +38,8 @@ class Recipe:
             raise StudyError("warmup, weight_decay and betas must not be negative, learning_rate must be above 0")
         if max(self.beta1, self.beta2) >= 1:
             raise StudyError(f"betas are {self.beta1} and {self.beta2}, expected below 1")
+        if self.matmul_precision not in PRECISIONS:
+            raise StudyError(f"there is no matmul_precision {self.matmul_precision!r}{near(self.matmul_precision, PRECISIONS)}")
         if self.exhaustive_every % self.evaluate_every:
             raise StudyError(
                 f"exhaustive_every is {self.exhaustive_every}, expected a multiple of evaluate_every, {self.evaluate_every}"

@@ -38,6 +38,7 @@ from .average import average
 from .batches import Member, Recipe
 from .layers import Sequences
 from .models import Model, initialise, logits, num_parameters, shapes
+from .precision import check_precision
 from .results import final_info, metrics
 from .routing import routing
 from .study import OPERATIONS, Cell, Run, Study, cells, definition, needs
@@ -84,7 +85,7 @@ def make(
             **metrics(outcome.log, recipe.updates), "diverged_at": outcome.diverged_at,
             **_routing(run, task, member, outcome),
             "parameters": num_parameters(run.model, task), "trained_parameters": trained_parameters(run, task),
-            "gflop_per_update": flops_per_update(run, task, recipe) / 1e9,
+            "gflop_per_update": flops_per_update(run, task, recipe) / 1e9, "matmul_precision": recipe.matmul_precision,
             "time_s": round(outcome.time_s, 2), "cpu_s": round(outcome.cpu_s, 2), "together": len(group), "device": device,
             "torch": torch.__version__,
         }  # fmt: skip
@@ -209,10 +210,14 @@ def make_all(
     in this process.
 
     Raises:
-        StudyError: a run's results have another definition, or a worker process died.
+        StudyError: a run's results have another definition, this machine does not make products in a run's precision, or a
+            worker process died.
         OutputError: another process makes cells of one of these runs, or nothing can be written there.
     """
     check(study, out)
+    for run in study.runs:
+        if any(read_result(out, cell) is None for cell in cells(study) if cell.run == run.name):
+            check_precision(study.recipe_of(run).matmul_precision, device)
     with ExitStack() as own:
         for name in dict.fromkeys(cell.run for cell in cells(study) if read_result(out, cell) is None):
             own.enter_context(work_folder(out / name))

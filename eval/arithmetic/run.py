@@ -32,6 +32,7 @@ def arithmetic_study(
     seeds: int | None = None,
     steps: int | None = None,
     modulus: int | None = None,
+    matmul_precision: str | None = None,
 ) -> Study:
     """The study of a YAML file, or the part of it that is named.
 
@@ -41,6 +42,7 @@ def arithmetic_study(
         seeds: seeds 0 to `seeds` - 1.
         steps: updates of runs that do not say how many.
         modulus: of the modular tasks.
+        matmul_precision: of runs that do not say in which.
 
     Raises:
         RecordError, StudyError: the file is wrong, or has no such run or data set.
@@ -53,8 +55,8 @@ def arithmetic_study(
         changes["seeds"] = seeds
     if modulus:
         changes["modulus"] = modulus
-    if steps:
-        changes["recipe"] = replace(study.recipe, updates=steps)
+    recipe: dict[str, Any] = {"updates": steps, "matmul_precision": matmul_precision}
+    changes["recipe"] = replace(study.recipe, **{key: value for key, value in recipe.items() if value})
     if datasets:
         changes["datasets"] = tuple(datasets)
         # Runs with data sets of their own stay only where one of these is asked for.
@@ -90,7 +92,8 @@ def run_arithmetic(
         finished: called with every cell and its result.
 
     Raises:
-        StudyError: `out` holds other runs of the same names, or a worker process died.
+        StudyError: `out` holds other runs of the same names, this machine does not make products in a run's precision, or a
+            worker process died.
         OutputError: another process makes cells of one of these runs, or nothing can be written there.
     """
     started = time.perf_counter()

@@ -20,6 +20,7 @@ from ..errors import StudyError, near
 from .average import ALIGNMENTS, target
 from .batches import Recipe
 from .models import FUSION_HEADS, Model, Source
+from .precision import PRECISIONS
 from .tasks import MODULUS, PERMUTED, STUDIED, TASKS, make_task
 
 MODES = ("cotrain", "frozen", "finetune", "average")
@@ -27,6 +28,7 @@ OPERATIONS = ("x_plus_y", "x_minus_y", "x_div_y")  # of three_operations, by ope
 UNTRAINED = "untrained"
 BASELINE = "baseline"
 SEEDS = 3
+OF_RUNS = ("updates", "learning_rate", "matmul_precision")  # what a run may train otherwise than the study
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Run:
     trained: tuple[str, ...] = ()
     updates: int | None = None
     learning_rate: float | None = None
+    matmul_precision: str | None = None
     init: int = 0
     operation: str | None = None
     align: str = "weights"
@@ -74,7 +77,7 @@ class Study:
 
     def recipe_of(self, run: Run) -> Recipe:
         """How a run is trained."""
-        changes = {key: value for key in ("updates", "learning_rate") if (value := getattr(run, key)) is not None}
+        changes = {key: value for key in OF_RUNS if (value := getattr(run, key)) is not None}
         return replace(self.recipe, **changes)
 
     def datasets_of(self, run: Run) -> tuple[str, ...]:
@@ -169,6 +172,10 @@ def checked(study: Study) -> Study:
     if len(set(study.datasets)) < len(study.datasets):
         raise StudyError(f"a data set is named twice: {', '.join(study.datasets)}")
     for run in study.runs:
+        try:
+            study.recipe_of(run)
+        except StudyError as error:
+            raise StudyError(f"run {run.name}: {error}") from None
         for dataset in study.datasets_of(run):
             make_task(dataset, study.modulus, study.permuted)
             if run.operation and dataset != "three_operations":
@@ -200,9 +207,13 @@ def chosen(study: Study, names: Sequence[str]) -> Study:
 
 def definition(study: Study, run: Run) -> dict[str, Any]:
     """Everything that decides what a run's networks are: what must be the same for results to be gone on with."""
-    shown = {key: value for key, value in asdict(run).items() if key not in ("title", "published", "datasets", "compare")}
+    left_out = ("title", "published", "datasets", "compare", "matmul_precision")  # the last one stands in the recipe
+    shown = {key: value for key, value in asdict(run).items() if key not in left_out}
+    recipe = asdict(study.recipe_of(run))
+    if recipe["matmul_precision"] == PRECISIONS[0]:  # so that results from before there was another are still of the same run
+        del recipe["matmul_precision"]
     everything = shown | {
-        "recipe": asdict(study.recipe_of(run)),
+        "recipe": recipe,
         "modulus": study.modulus,
         "permuted": study.permuted,
         "fraction": study.fraction,
@@ -229,8 +240,8 @@ def _read_run(found: Fields, name: str, content: Any, known: Mapping[str, Run]) 
         content, at,
         title=(str, None), fusion=(str, None), sources=(list, None), wiring=(str, None), taps=(str, None),
         dropout=(float, None), heads=(int, None), routing=(str, None), mode=(str, None), trained=(list, None),
-        updates=(int, None), learning_rate=(float, None), init=(int, None), operation=(str, None), align=(str, None),
-        published=(str, None), datasets=(list, None), compare=(str, None),
+        updates=(int, None), learning_rate=(float, None), matmul_precision=(str, None), init=(int, None),
+        operation=(str, None), align=(str, None), published=(str, None), datasets=(list, None), compare=(str, None),
     )  # fmt: skip
     keys = [key.name for key in fields(Source)]
     optional = {key: (int, None) for key in keys}
@@ -252,7 +263,7 @@ def _read_run(found: Fields, name: str, content: Any, known: Mapping[str, Run]) 
         own = tuple(_plain(one, known) for one in names)
     elif names and len(names) > 1:
         raise StudyError(f"{UNTRAINED} sources cannot be mixed with trained ones")
-    updates, learning_rate, init, operation, align, published, datasets, compare = rest
+    updates, learning_rate, precision, init, operation, align, published, datasets, compare = rest
     align = align or "weights"
     for what, value, options in (("alignment", align, ALIGNMENTS), ("operation", operation or OPERATIONS[0], OPERATIONS)):
         if value not in options:
@@ -271,7 +282,7 @@ def _read_run(found: Fields, name: str, content: Any, known: Mapping[str, Run]) 
         **{key: value for key, value in given.items() if value is not None},
     )
     return Run(
-        name, title or name, model, mode, names, updates, learning_rate, init or 0, operation, align, published,
+        name, title or name, model, mode, names, updates, learning_rate, precision, init or 0, operation, align, published,
         tuple(datasets or ()), compare or BASELINE,
     )  # fmt: skip
 

@@ -29,6 +29,7 @@ from ..errors import StudyError
 from .batches import Batches, Member, Recipe, stacked
 from .layers import Sequences
 from .models import Model, logits
+from .precision import matmul_precision
 
 COLUMNS = ("step", "train_loss", "train_acc", "val_loss", "val_acc", "full_val_loss", "full_val_acc")
 CHECKPOINT_S = 60.0  # between checkpoints
@@ -68,7 +69,7 @@ def train(
     checkpoint: Path | None = None,
     progress: Callable[[int], None] = lambda updates: None,
 ) -> list[Outcome]:
-    """The members trained together, in float32; each is trained as if it were alone.
+    """The members trained together, with parameters in float32; each is trained as if it were alone.
 
     Args:
         frozen: which parameters keep the values that they start with, by name.
@@ -79,8 +80,23 @@ def train(
     A member whose loss is no longer a number stops being logged; the others go on.
 
     Raises:
-        StudyError: the checkpoint is of something else, or members do not fit together.
+        StudyError: the checkpoint is of something else, members do not fit together, or this machine does not make products
+            in the recipe's precision.
     """
+    with matmul_precision(recipe.matmul_precision, device):
+        return _train(model, members, recipe, frozen, device, compiled, checkpoint, progress)
+
+
+def _train(
+    model: Model,
+    members: Sequence[Member],
+    recipe: Recipe,
+    frozen: Callable[[str], bool],
+    device: str,
+    compiled: bool,
+    checkpoint: Path | None,
+    progress: Callable[[int], None],
+) -> list[Outcome]:
     started = (time.perf_counter(), time.process_time())
     trainer = _Trainer(model, members, recipe, frozen, device, compiled)
     state = _State(logs=[[] for _ in members], diverged_at=[None] * len(members))
