@@ -374,6 +374,10 @@ def test_the_table_pairs_counts_and_compares(tmp_path):
     assert fused.published["step_val_acc_99"] == 1890
     assert fused.published_z == pytest.approx((1890 - 2454) / (440 * (1 / 3 + 1 / 18) ** 0.5))
     assert "earlier" in markdown([base, fused])
+    rounded = replace(study, recipe=replace(study.recipe, matmul_precision="bfloat16"))
+    assert summarise(rounded, tmp_path, published) == [base, fused]  # what it is compared with stays
+    shorter = replace(study, recipe=replace(study.recipe, batch=256))
+    assert summarise(shorter, tmp_path, published)[1].z is None
     write_cell(tmp_path, fusion, 2, 7500, reached=False, full_val_acc=0.3)
     _, censored = summarise(study, tmp_path, published)
     assert censored.reached == 2

@@ -28,6 +28,7 @@ from ..compare import SIGNIFICANT
 from ..stats import Mean, holm, mean
 from .batches import Recipe
 from .execute import read_result
+from .precision import PRECISIONS
 from .results import METRICS, Spread, spread
 from .study import Cell, Run, Study, definition
 from .tasks import MODULUS, PERMUTED, TASKS
@@ -139,7 +140,8 @@ def _row(
         if all(name in one for one in results)
     }
     first = results[0]
-    if (study.modulus, study.permuted, study.recipe_of(run)) != (MODULUS, PERMUTED, Recipe()):
+    recipe = replace(study.recipe_of(run), matmul_precision=PRECISIONS[0])  # the function learned is the same one
+    if (study.modulus, study.permuted, recipe) != (MODULUS, PERMUTED, Recipe()):
         published = {}  # of another experiment
     theirs = published.get("runs", {}).get(run.published or "", {}).get("results", {}).get(dataset)
     replicates = published.get("replicates", {}).get(dataset)
