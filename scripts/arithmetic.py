@@ -72,6 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(plan(study))
         return 0
+    whole = find_study(arguments, everything=True)
     device = training_device(arguments.device)
     workers = arguments.workers or len(os.sched_getaffinity(0))
     compiled = not arguments.no_compile
@@ -95,11 +96,13 @@ def main(arguments: argparse.Namespace) -> int:
                 )
 
         made = run_arithmetic(
-            study, arguments.out, whole=find_study(arguments, everything=True), published=read_published(PUBLISHED),
+            study, arguments.out, whole=whole, published=read_published(PUBLISHED),
             workers=workers, device=device, compiled=compiled, plots=not arguments.no_plots, progress=bar.update,
             finished=finished,
         )  # fmt: skip
     print(table(made.study, made.rows))
+    for line in not_compared(study, whole, made.rows):
+        logging.warning("%s", line)
     for folder, message in made.failed.items():
         logging.error("%s: %s", folder, message)
     if todo:
@@ -110,6 +113,18 @@ def main(arguments: argparse.Namespace) -> int:
         json.dumps({"out": str(arguments.out), "cells": len(cells(made.study)) - len(made.failed), "failed": len(made.failed)})
     )
     return 1 if made.failed else 0
+
+
+def not_compared(study: Any, whole: Any, rows: Any) -> list[str]:
+    """A line for every run of the whole study that runs of this one are compared with and that has no result."""
+    asked = {one.name for one in study.runs}
+    possible = {(one.name, dataset) for one in whole.runs for dataset in whole.datasets_of(one)}
+    there = {(row.run, row.dataset) for row in rows}
+    missing: dict[str, list[str]] = {}
+    for row in rows:
+        if row.run in asked and (row.compare, row.dataset) in possible - there:
+            missing.setdefault(row.compare, []).append(f"{row.run} on {row.dataset}")
+    return [f"not compared, as there is no result of {name}: {', '.join(runs)}" for name, runs in missing.items()]
 
 
 def hugging_face(arguments: argparse.Namespace) -> int:

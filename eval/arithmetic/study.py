@@ -26,6 +26,7 @@ from .tasks import MODULUS, PERMUTED, STUDIED, TASKS, make_task
 MODES = ("cotrain", "frozen", "finetune", "average")
 OPERATIONS = ("x_plus_y", "x_minus_y", "x_div_y")  # of three_operations, by operator
 UNTRAINED = "untrained"
+NOTHING = "none"
 BASELINE = "baseline"
 SEEDS = 3
 OF_RUNS = ("updates", "learning_rate", "matmul_precision")  # what a run may train otherwise than the study
@@ -56,7 +57,7 @@ class Run:
     align: str = "weights"
     published: str | None = None
     datasets: tuple[str, ...] = ()  # empty: those of the study
-    compare: str = BASELINE  # the run that it is compared with in pairs, if there is one
+    compare: str = BASELINE  # the run that it is compared with in pairs; NOTHING: with none
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def read_study(path: Path) -> Study:
             found.problem(f"run {name}: {error}")
     known = list(read)
     for run in read.values():
-        if run.compare != BASELINE and run.compare not in read:
+        if run.compare not in (BASELINE, NOTHING) and run.compare not in read:
             found.problem(f"run {run.name}: there is no run {run.compare!r} to compare with{near(run.compare, known)}")
     found.done()
     given = {"seeds": seeds, "modulus": modulus, "permuted": permuted, "fraction": fraction}
