@@ -9,6 +9,8 @@ from typing import Any, Self
 
 EVERY_S = 60.0
 GIGA = 1e9
+MOST_PIECES = 4  # that are told of one by one
+SHORT_S = 30.0  # too short a rest to be told in minutes
 
 
 def counter(description: str, unit: str, total: float, quiet: bool) -> Any:
@@ -41,6 +43,49 @@ def bar(description: str, quiet: bool) -> Callable[[int], Callable[[int], None]]
         return advance
 
     return start
+
+
+class Pieces:
+    """How far the pieces are that are being worked on: how much of each is done, how fast, and how long it will take.
+
+    What a piece began with, as it goes on where an earlier run stopped, is told first and counts as no speed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self.begun: dict[str, tuple[float, float]] = {}  # when, and with how much
+        self.done: dict[str, float] = {}
+        self.total: dict[str, float] = {}
+        self.over: set[str] = set()
+
+    def advance(self, name: str, n: float, total: float) -> None:
+        """So much more of a piece is done."""
+        if name in self.over:  # told late, by another process
+            return
+        self.done[name] = self.done.get(name, 0.0) + n
+        self.total[name] = total
+        self.begun.setdefault(name, (self.clock(), self.done[name]))
+
+    def finish(self, name: str) -> None:
+        """Nothing more is said of it."""
+        self.over.add(name)
+        self.done.pop(name, None)
+
+    def __str__(self) -> str:
+        shown = [self._one(name) for name in list(self.done)[:MOST_PIECES]]
+        more = len(self.done) - len(shown)
+        return ", ".join(shown) + (f" and {more} more" if more else "")
+
+    def _one(self, name: str) -> str:
+        since, first = self.begun[name]
+        seconds, made = self.clock() - since, self.done[name] - first
+        text = f"{name} {self.done[name]:,.0f}/{self.total[name]:,.0f}"
+        if made <= 0 or seconds <= 0:
+            return text
+        left = (self.total[name] - self.done[name]) * seconds / made
+        return (
+            f"{text} ({made / seconds:.1f}/s, {left / 60:.0f} min)" if left >= SHORT_S else f"{text} ({made / seconds:.1f}/s)"
+        )
 
 
 class Lines:

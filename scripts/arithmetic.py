@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import CONFIGS, UsageError, parser, relative, run
-from _progress import counter
+from _progress import Pieces, counter
 from _scoring import check_positive
 
 
@@ -83,10 +83,16 @@ def main(arguments: argparse.Namespace) -> int:
     total = sum(study.recipe_of(study.run(cell.run)).updates for cell in todo)
     logging.info("%d of %d cells to make, %s updates", len(todo), len(cells(study)), f"{total:,}")
     with counter("training", "update", total, arguments.quiet) as bar:
+        pieces = Pieces()
+
+        def advance(cell: Any, updates: int) -> None:
+            pieces.advance(cell.folder, updates, study.recipe_of(study.run(cell.run)).updates)
+            bar.set_postfix_str(str(pieces))
+            bar.update(updates)
 
         def finished(cell: Any, result: Any) -> None:
+            pieces.finish(cell.folder)
             step = f"0.99 at {result['step_val_acc_99']:.0f}" if result["reached"] else "0.99 not reached"
-            bar.set_postfix_str(f"{cell.folder}: {step}")
             logging.info("%s: %s, %.0f s", cell.folder, step, result["time_s"])
             if result["diverged_at"] is not None:
                 logging.warning(
@@ -97,7 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
 
         made = run_arithmetic(
             study, arguments.out, whole=whole, published=read_published(PUBLISHED),
-            workers=workers, device=device, compiled=compiled, plots=not arguments.no_plots, progress=bar.update,
+            workers=workers, device=device, compiled=compiled, plots=not arguments.no_plots, progress=advance,
             finished=finished,
         )  # fmt: skip
     print(table(made.study, made.rows))

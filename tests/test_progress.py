@@ -1,7 +1,7 @@
 """What long work says where there is no terminal."""
 
 import pytest
-from _progress import Lines, counter
+from _progress import Lines, Pieces, counter
 
 
 @pytest.fixture
@@ -45,6 +45,27 @@ def test_bytes_and_what_is_said_behind(clock, capsys):
     clock.now += 90
     bar.update(15_900_000_000)
     assert capsys.readouterr().err == "merging: 15.9 of 16.0 GB, shard 2, less than a minute left\n"
+
+
+def test_pieces_have_their_own_speed_and_rest(clock):
+    pieces = Pieces(clock)
+    assert str(pieces) == ""
+    pieces.advance("a", 4000, 7500)  # of a checkpoint: as if it had taken no time
+    pieces.advance("b", 10, 7500)
+    assert str(pieces) == "a 4,000/7,500, b 10/7,500"
+    clock.now += 60
+    pieces.advance("a", 600, 7500)
+    pieces.advance("b", 1200, 7500)
+    assert str(pieces) == "a 4,600/7,500 (10.0/s, 5 min), b 1,210/7,500 (20.0/s, 5 min)"
+    clock.now += 60
+    pieces.advance("a", 2800, 7500)
+    assert str(pieces).startswith("a 7,400/7,500 (28.3/s), b")  # four seconds are not worth telling
+    pieces.finish("a")
+    pieces.advance("a", 100, 7500)  # late
+    assert str(pieces).startswith("b ")
+    for name in "cdefg":
+        pieces.advance(name, 1, 2)
+    assert str(pieces).endswith("e 1/2 and 2 more")
 
 
 def test_silent_where_it_is_asked(monkeypatch):

@@ -17,6 +17,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -46,6 +47,11 @@ from .tasks import Split, Task, generator, make_task, split
 from .train import COLUMNS, Outcome, train
 
 LONG = 1000  # updates from which compiling is worth its time
+Progress = Callable[[Cell, int], None]  # told how many updates were just made of a cell
+
+
+def silent(cell: Cell, updates: int) -> None:
+    """Progress that nobody asked for."""
 
 
 def make(
@@ -55,7 +61,7 @@ def make(
     *,
     device: str = "cpu",
     compiled: bool = False,
-    progress: Callable[[int], None] = lambda updates: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Trains cells of one run together, writes their folders and returns their results.
 
@@ -73,10 +79,15 @@ def make(
         (out / cell.folder).mkdir(parents=True, exist_ok=True)
     names = " ".join(cell.folder for cell in group)
     checkpoint = out / group[0].folder / f"checkpoint-{hashlib.sha256(names.encode()).hexdigest()[:8]}.safetensors"
+
+    def advance(updates: int) -> None:
+        for cell in group:
+            progress(cell, updates)
+
     outcomes = train(
         run.model, members, recipe,
         frozen=is_source if run.mode == "frozen" else lambda name: False, device=device,
-        compiled=compiled and recipe.updates >= LONG, checkpoint=checkpoint, progress=lambda n: progress(n * len(group)),
+        compiled=compiled and recipe.updates >= LONG, checkpoint=checkpoint, progress=advance,
     )  # fmt: skip
     results = []
     for cell, task, member, outcome in zip(group, tasks, members, outcomes, strict=True):
@@ -201,7 +212,7 @@ def make_all(
     workers: int | None,
     device: str = "cpu",
     compiled: bool = False,
-    progress: Callable[[int], None] = lambda updates: None,
+    progress: Progress = silent,
     finished: Finished = lambda cell, result: None,
 ) -> dict[str, str]:
     """Makes every cell that is not done, sources before what is made of them; cell -> message for those that failed.
@@ -234,7 +245,7 @@ def make_all(
 
 
 def _in_groups(
-    study: Study, out: Path, waiting: Sequence[Cell], device: str, progress: Callable[[int], None], finished: Finished
+    study: Study, out: Path, waiting: Sequence[Cell], device: str, progress: Progress, finished: Finished
 ) -> dict[Cell, str]:
     groups: dict[tuple[Any, ...], list[Cell]] = {}  # in the order of the cells, so sources come first
     for cell in waiting:
@@ -266,7 +277,7 @@ def _in_processes(
     todo: Sequence[Cell],
     workers: int,
     compiled: bool,
-    progress: Callable[[int], None],
+    progress: Progress,
     finished: Finished,
 ) -> dict[Cell, str]:
     waiting = list(todo)
@@ -287,7 +298,8 @@ def _in_processes(
                         running[pool.submit(_make, study, cell, out, compiled)] = cell
                         waiting.remove(cell)
                 done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-                progress(_drain(told))
+                for cell, updates in _drain(told).items():
+                    progress(cell, updates)
                 for future in done:
                     cell = running.pop(future)
                     try:
@@ -380,13 +392,14 @@ def _die_with(parent: int) -> None:
 
 
 def _make(study: Study, cell: Cell, out: Path, compiled: bool) -> Any:
-    return make(study, [cell], out, compiled=compiled, progress=_told.put)[0]
+    return make(study, [cell], out, compiled=compiled, progress=lambda *made: _told.put(made))[0]
 
 
-def _drain(told: Any) -> int:
-    total = 0
+def _drain(told: Any) -> Counter[Cell]:
+    total: Counter[Cell] = Counter()
     while True:
         try:
-            total += told.get_nowait()
+            cell, updates = told.get_nowait()
         except queue.Empty:
             return total
+        total[cell] += updates

@@ -1,14 +1,14 @@
 """The arithmetic study in one call: its cells made, compared and drawn, or drawn again from what is on disk."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from merge.publish import in_turn
 
-from .execute import Finished, check, make_all
+from .execute import Finished, Progress, check, make_all, silent
 from .plots import draw_all
 from .report import Row, on_disk, summarise, write_report
 from .study import Study, checked, chosen, read_study
@@ -78,7 +78,7 @@ def run_arithmetic(
     device: str = "cpu",
     compiled: bool = False,
     plots: bool = True,
-    progress: Callable[[int], None] = lambda updates: None,
+    progress: Progress = silent,
     finished: Finished = lambda cell, result: None,
 ) -> Made:
     """Makes what is not in the folder `out` yet, and reports on everything that is.
@@ -88,7 +88,7 @@ def run_arithmetic(
         published: of `read_published`, to compare with.
         workers: processes on a CPU, which import the calling script: it needs `if __name__ == "__main__"`. None: this one.
         compiled: by torch.compile, which makes long runs of workers faster.
-        progress: called with the number of updates just made.
+        progress: called with a cell and the number of its updates just made; with all at once that a checkpoint holds.
         finished: called with every cell and its result.
 
     Raises:
