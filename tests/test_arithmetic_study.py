@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +20,7 @@ from tiny import CONFIGS, ROOT
 from eval.arithmetic import precision
 from eval.arithmetic.average import average, matched, permuted, target, widened
 from eval.arithmetic.batches import Recipe
-from eval.arithmetic.execute import begin, flops_per_update, is_source, make_all, read_log, read_result, split_of
+from eval.arithmetic.execute import begin, flops_per_update, is_source, make_all, read_log, read_result, silent, split_of
 from eval.arithmetic.layers import Sequences
 from eval.arithmetic.models import Model, Source, initialise, logits, num_parameters
 from eval.arithmetic.report import markdown, on_disk, read_published, summarise, table
@@ -223,11 +224,19 @@ def test_a_network_that_diverges_is_no_source(small, tmp_path):
 def test_groups_are_single_cells(small, tmp_path):
     """Cells trained together, as on a GPU, against each alone."""
     study = chosen(small, ["joined"])
-    make_all(study, tmp_path / "alone", workers=1)
+    alone, together = Counter(), Counter()  # updates of each cell
+    make_all(study, tmp_path / "alone", workers=1, progress=lambda cell, n: alone.update({cell: n}))
     from eval.arithmetic.execute import _in_groups
 
     begin(study, tmp_path / "together")
-    assert _in_groups(study, tmp_path / "together", cells(study), "cpu", lambda n: None, lambda cell, result: None) == {}
+
+    def advance(cell, updates):
+        together[cell] += updates
+
+    assert _in_groups(study, tmp_path / "together", cells(study), "cpu", advance, lambda cell, result: None) == {}
+    assert together == dict.fromkeys(cells(study), 30)
+    assert alone.total() > 0
+    assert alone <= together  # a worker's last word may come after its result
     for cell in cells(study):
         one, two = read_log(tmp_path / "alone", cell), read_log(tmp_path / "together", cell)
         np.testing.assert_allclose(one[:, :4], two[:, :4], atol=1e-4)
@@ -441,7 +450,7 @@ def test_one_bad_source_fails_what_is_made_of_it_alone(small, tmp_path):
     from eval.arithmetic.execute import _in_groups
 
     waiting = [Cell("joined", "x_plus_y", seed) for seed in range(2)]
-    bad = _in_groups(study, out, waiting, "cpu", lambda n: None, lambda cell, result: None)
+    bad = _in_groups(study, out, waiting, "cpu", silent, lambda cell, result: None)
     assert [cell.seed for cell in bad] == [1]
     assert read_result(out, waiting[0]) is not None
 
