@@ -11,6 +11,8 @@ EVERY_S = 60.0
 GIGA = 1e9
 MOST_PIECES = 4  # that are told of one by one
 SHORT_S = 30.0  # too short a rest to be told in minutes
+UNTIMED = 2  # times that a piece is heard of before its speed is measured
+STALE_S = 600.0
 
 
 def counter(description: str, unit: str, total: float, quiet: bool) -> Any:
@@ -48,7 +50,8 @@ def bar(description: str, quiet: bool) -> Callable[[int], Callable[[int], None]]
 class Pieces:
     """How far the pieces are that are being worked on: how much of each is done, how fast, and how long it will take.
 
-    What a piece began with, as it goes on where an earlier run stopped, is told first and counts as no speed.
+    The first that is told of a piece counts as no speed: it may be what an earlier run did, and code may be compiled after it.
+    Of pieces that nothing was heard of for `STALE_S` nothing is said.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,6 +59,8 @@ class Pieces:
         self.begun: dict[str, tuple[float, float]] = {}  # when, and with how much
         self.done: dict[str, float] = {}
         self.total: dict[str, float] = {}
+        self.heard: dict[str, float] = {}  # when, last
+        self.times: dict[str, int] = {}
         self.over: set[str] = set()
 
     def advance(self, name: str, n: float, total: float) -> None:
@@ -64,7 +69,10 @@ class Pieces:
             return
         self.done[name] = self.done.get(name, 0.0) + n
         self.total[name] = total
-        self.begun.setdefault(name, (self.clock(), self.done[name]))
+        self.heard[name] = self.clock()
+        self.times[name] = self.times.get(name, 0) + 1
+        if self.times[name] <= UNTIMED:
+            self.begun[name] = self.heard[name], self.done[name]
 
     def finish(self, name: str) -> None:
         """Nothing more is said of it."""
@@ -72,8 +80,10 @@ class Pieces:
         self.done.pop(name, None)
 
     def __str__(self) -> str:
-        shown = [self._one(name) for name in list(self.done)[:MOST_PIECES]]
-        more = len(self.done) - len(shown)
+        now = self.clock()
+        alive = [name for name in self.done if now - self.heard[name] < STALE_S]
+        shown = [self._one(name) for name in alive[:MOST_PIECES]]
+        more = len(alive) - len(shown)
         return ", ".join(shown) + (f" and {more} more" if more else "")
 
     def _one(self, name: str) -> str:
@@ -117,8 +127,8 @@ class Lines:
         about = f"about {left:,.0f} minutes left" if left >= 1 else "less than a minute left"
         print(f"{self.description}: {', '.join(filter(None, (many, self.said, about)))}", file=sys.stderr, flush=True)
 
-    def set_postfix_str(self, s: str) -> None:
-        """Says something behind the numbers."""
+    def set_postfix_str(self, s: str, refresh: bool = True) -> None:
+        """Says something behind the numbers, with the next line."""
         self.said = s
 
     def close(self) -> None:

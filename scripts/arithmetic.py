@@ -84,10 +84,11 @@ def main(arguments: argparse.Namespace) -> int:
     logging.info("%d of %d cells to make, %s updates", len(todo), len(cells(study)), f"{total:,}")
     with counter("training", "update", total, arguments.quiet) as bar:
         pieces = Pieces()
+        updates_of = {one.name: study.recipe_of(one).updates for one in study.runs}
 
         def advance(cell: Any, updates: int) -> None:
-            pieces.advance(cell.folder, updates, study.recipe_of(study.run(cell.run)).updates)
-            bar.set_postfix_str(str(pieces))
+            pieces.advance(cell.folder, updates, updates_of[cell.run])
+            bar.set_postfix_str(str(pieces), refresh=False)
             bar.update(updates)
 
         def finished(cell: Any, result: Any) -> None:
@@ -123,12 +124,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 def not_compared(study: Any, whole: Any, rows: Any) -> list[str]:
     """A line for every run of the whole study that runs of this one are compared with and that has no result."""
+    from eval.arithmetic.report import ENOUGH
+
     asked = {one.name for one in study.runs}
     possible = {(one.name, dataset) for one in whole.runs for dataset in whole.datasets_of(one)}
     there = {(row.run, row.dataset) for row in rows}
     missing: dict[str, list[str]] = {}
     for row in rows:
-        if row.run in asked and (row.compare, row.dataset) in possible - there:
+        if row.run in asked and len(row.seeds) >= ENOUGH and (row.compare, row.dataset) in possible - there:
             missing.setdefault(row.compare, []).append(f"{row.run} on {row.dataset}")
     return [f"not compared, as there is no result of {name}: {', '.join(runs)}" for name, runs in missing.items()]
 

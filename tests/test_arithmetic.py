@@ -10,10 +10,10 @@ import torch
 from benchmarks._plain import Network, Training, copy_weights, plain_names
 from eval.arithmetic.layers import Sequences
 from eval.arithmetic.models import FUSIONS, Model, Source, initialise, logits, num_parameters, shapes
-from eval.arithmetic.precision import has_bfloat16_products
+from eval.arithmetic.precision import has_bfloat16_products, matmul_precision
 from eval.arithmetic.tasks import TASKS, generator, make_task, split
 from eval.arithmetic.batches import Member, Recipe
-from eval.arithmetic.train import train
+from eval.arithmetic.train import _identity, train
 from eval.errors import StudyError
 
 SMALL = Source(2, 16, 2)
@@ -200,6 +200,26 @@ def test_bfloat16_rounds_the_factors_of_products_and_nothing_else():
     assert not torch.equal(found.weights["s0.head.weight"], exact.weights["s0.head.weight"])
     # 1e-4 here; a loss of 3.4 that is itself rounded to bfloat16 is moved by up to 8e-3.
     assert 0 < np.abs(found.log[1:, 1] - exact.log[1:, 1]).max() < 1e-3
+
+
+def test_settings_of_before_there_was_a_precision_are_the_same_ones():
+    """Checkpoints and results made then are gone on with."""
+    assert "matmul_precision" not in Recipe().settings()
+    assert Recipe(matmul_precision="bfloat16").settings() == {**Recipe().settings(), "matmul_precision": "bfloat16"}
+    task = make_task("x_plus_y", 11)
+    one = Member(task, split(task, 0), 0, initialise(Model((SMALL,)), task, 0))
+    assert "precision" not in _identity(Model((SMALL,)), [one], Recipe(), False)
+
+
+def test_float32_is_float32_whatever_torch_is_set_to():
+    factor, setting = torch.full((128, 128), 1 + 2**-10), torch.backends.mkldnn.matmul
+    before, setting.fp32_precision = setting.fp32_precision, "bf16"
+    try:
+        with matmul_precision("float32"):
+            assert torch.mm(factor, torch.eye(128))[0, 0] == 1 + 2**-10
+        assert setting.fp32_precision == "bf16"
+    finally:
+        setting.fp32_precision = before
 
 
 def test_adapters_start_as_their_reference():

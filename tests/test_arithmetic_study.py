@@ -24,6 +24,7 @@ from eval.arithmetic.execute import begin, flops_per_update, is_source, make_all
 from eval.arithmetic.layers import Sequences
 from eval.arithmetic.models import Model, Source, initialise, logits, num_parameters
 from eval.arithmetic.report import markdown, on_disk, read_published, summarise, table
+from eval.arithmetic.run import run_arithmetic
 from eval.arithmetic.results import final_info, metrics, spread
 from eval.arithmetic.study import Cell, cells, chosen, definition, needs, read_study
 from eval.arithmetic.tasks import make_task, split
@@ -33,6 +34,7 @@ from merge.errors import OutputError, RecordError
 from merge.publish import work_folder
 
 STUDY = ROOT / "configs" / "arithmetic" / "study.yaml"
+TINY = ROOT / "configs" / "arithmetic" / "tiny-hf.yaml"
 SMALL = """
 schema_version: 1
 datasets: [x_plus_y]
@@ -85,6 +87,7 @@ def test_the_study_names_every_published_run():
         ("width: 32, heads: 4", "width: 24, heads: 4", "width 16 does not divide 24"),
         ("updates: 30,", "updates: 30.5,", "'updates' is 30.5, expected a whole number"),
         ("modulus: 11", "modulus: 11\nmodulus: 13", "modulus stands twice"),
+        ("  both:", "  none: {}\n  both:", "'none' is not a name for a run"),
         ("runs:", "runs: [", "not valid YAML"),
         ("compare: wide", "compare: wid", "no run 'wid' to compare with; did you mean wide"),
         ("warmup: 5", "warmup: -5", "must not be negative"),
@@ -182,13 +185,15 @@ def test_a_precision_is_part_of_what_a_run_is(small, tmp_path):
     assert definition(own, own.run("wide")) == definition(other, wide)
     assert definition(own, joined) != definition(small, joined)  # it is made of that network
     begin(small, tmp_path / "out")
-    with pytest.raises(StudyError, match=r"other settings .*recipe.matmul_precision: None there, 'bfloat16' here"):
+    with pytest.raises(StudyError, match=r"other settings .*recipe.matmul_precision: 'float32' there, 'bfloat16' here"):
         begin(other, tmp_path / "out")
+    with pytest.raises(StudyError, match="other settings"):  # also by a run that would stand beside it in one table
+        run_arithmetic(chosen(other, ["wide"]), tmp_path / "out", whole=other, workers=1)
 
 
 def test_products_that_a_machine_does_not_make_are_refused(small, tmp_path, monkeypatch):
     other = replace(small, recipe=replace(small.recipe, matmul_precision="bfloat16"))
-    with pytest.raises(StudyError, match="is of CPUs, found cuda"):
+    with pytest.raises(StudyError, match="works only on CPUs, found cuda"):
         make_all(other, tmp_path / "out", workers=1, device="cuda")
     monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
     with pytest.raises(StudyError, match="this CPU makes no such products"):
@@ -386,7 +391,9 @@ def test_the_table_pairs_counts_and_compares(tmp_path):
     assert fused.published_z == pytest.approx((1890 - 2454) / (440 * (1 / 3 + 1 / 18) ** 0.5))
     assert "earlier" in markdown([base, fused])
     rounded = replace(study, recipe=replace(study.recipe, matmul_precision="bfloat16"))
-    assert summarise(rounded, tmp_path, published) == [base, fused]  # what it is compared with stays
+    found = summarise(rounded, tmp_path, published)
+    assert [row.title for row in found] == [f"{row.title} (bfloat16 products)" for row in (base, fused)]
+    assert [replace(row, title="") for row in found] == [replace(row, title="") for row in (base, fused)]
     shorter = replace(study, recipe=replace(study.recipe, batch=256))
     assert summarise(shorter, tmp_path, published)[1].z is None
     write_cell(tmp_path, fusion, 2, 7500, reached=False, full_val_acc=0.3)
@@ -396,6 +403,8 @@ def test_the_table_pairs_counts_and_compares(tmp_path):
     assert censored.z is None  # one time is unknown
     assert (censored.paired.value, censored.paired_in) == (pytest.approx(-0.2 / 3), "accuracy")
     assert censored.verdict == "no difference shown"
+    alone = replace(study, runs=(study.runs[0], replace(study.runs[1], compare="none")))
+    assert summarise(alone, tmp_path, published)[1].paired is None
     write_cell(tmp_path, "baseline", 1, 2000, diverged_at=10)
     assert summarise(study, tmp_path)[1].paired is None
 
@@ -506,7 +515,8 @@ def test_the_scripts(run, tmp_path):
     run("plot_arithmetic", "out", "--config", "small.yaml", "--runs", "joined", "--log-x")
     assert all(path.exists() for path in figures)
     assert "not compared" not in done.stderr
-    alone = run("arithmetic", "--config", "small.yaml", "--runs", "untrained", "--out", "alone", "--workers", 1, "--no-plots")
+    alone = run("arithmetic", "--config", "small.yaml", "--runs", "untrained", "--out", "alone", "--workers", 1, "--no-plots",
+                "--seeds", 3)  # fmt: skip
     assert "not compared, as there is no result of baseline: untrained on x_plus_y" in alone.stderr
     listed = run("arithmetic", "--dry-run", "--runs", "merge-all-adapters", "--datasets", "x_div_y")
     assert "4,374,631" in listed.stdout
@@ -523,6 +533,7 @@ def test_the_scripts(run, tmp_path):
         (["--config", "nothing.yaml"], 1, "nothing.yaml cannot be read"),
         (["--seeds", "0"], 2, "--seeds is 0"),
         (["--matmul-precision", "float16"], 1, "no matmul_precision 'float16'; did you mean"),
+        (["--config", TINY, "--matmul-precision", "bfloat16"], 2, "--matmul-precision is of the study's own networks"),
         (["--device", "cuda:9"], 1, "cannot be used here"),
     ],
 )

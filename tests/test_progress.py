@@ -53,19 +53,25 @@ def test_pieces_have_their_own_speed_and_rest(clock):
     pieces.advance("a", 4000, 7500)  # of a checkpoint: as if it had taken no time
     pieces.advance("b", 10, 7500)
     assert str(pieces) == "a 4,000/7,500, b 10/7,500"
+    clock.now += 30  # of compiling
+    pieces.advance("a", 10, 7500)
+    pieces.advance("b", 10, 7500)
     clock.now += 60
     pieces.advance("a", 600, 7500)
     pieces.advance("b", 1200, 7500)
-    assert str(pieces) == "a 4,600/7,500 (10.0/s, 5 min), b 1,210/7,500 (20.0/s, 5 min)"
+    assert str(pieces) == "a 4,610/7,500 (10.0/s, 5 min), b 1,220/7,500 (20.0/s, 5 min)"
     clock.now += 60
     pieces.advance("a", 2800, 7500)
-    assert str(pieces).startswith("a 7,400/7,500 (28.3/s), b")  # four seconds are not worth telling
+    assert str(pieces).startswith("a 7,410/7,500 (28.3/s), b")  # three seconds are not worth telling
     pieces.finish("a")
     pieces.advance("a", 100, 7500)  # late
     assert str(pieces).startswith("b ")
     for name in "cdefg":
         pieces.advance(name, 1, 2)
     assert str(pieces).endswith("e 1/2 and 2 more")
+    clock.now += 600
+    pieces.advance("g", 0, 2)
+    assert str(pieces) == "g 1/2"  # the others failed, or their processes are gone
 
 
 def test_silent_where_it_is_asked(monkeypatch):

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,13 @@ class Recipe:
             raise StudyError(
                 f"exhaustive_every is {self.exhaustive_every}, expected a multiple of evaluate_every, {self.evaluate_every}"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for training to go on; float32 is left out, as in results from before there was another."""
+        found = asdict(self)
+        if self.matmul_precision == PRECISIONS[0]:
+            del found["matmul_precision"]
+        return found
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from .average import average
 from .batches import Member, Recipe
 from .layers import Sequences
 from .models import Model, initialise, logits, num_parameters, shapes
-from .precision import check_precision
+from .precision import PRECISIONS, check_precision, matmul_precision
 from .results import final_info, metrics
 from .routing import routing
 from .study import OPERATIONS, Cell, Run, Study, cells, definition, needs
@@ -91,10 +91,12 @@ def make(
     )  # fmt: skip
     results = []
     for cell, task, member, outcome in zip(group, tasks, members, outcomes, strict=True):
+        with matmul_precision(recipe.matmul_precision, device):
+            routed = _routing(run, task, member, outcome)
         result = {
             "run": cell.run, "dataset": cell.dataset, "seed": cell.seed, "updates": recipe.updates,
             **metrics(outcome.log, recipe.updates), "diverged_at": outcome.diverged_at,
-            **_routing(run, task, member, outcome),
+            **routed,
             "parameters": num_parameters(run.model, task), "trained_parameters": trained_parameters(run, task),
             "gflop_per_update": flops_per_update(run, task, recipe) / 1e9, "matmul_precision": recipe.matmul_precision,
             "time_s": round(outcome.time_s, 2), "cpu_s": round(outcome.cpu_s, 2), "together": len(group), "device": device,
@@ -333,11 +335,16 @@ def check(study: Study, out: Path) -> None:
     """Raises StudyError if a run that has results there was defined otherwise."""
     for run in study.runs:
         path = out / run.name / "definition.json"
-        if path.exists() and (differs := _differences(read_json(path), definition(study, run))):
+        if path.exists() and (differs := _differences(_filled(read_json(path)), _filled(definition(study, run)))):
             raise StudyError(
                 f"{path.parent} holds results of a run with other settings ({', '.join(differs)}); "
-                "give another --out, or remove that folder"
+                "give the same settings, or another folder"
             )
+
+
+def _filled(found: Mapping[str, Any]) -> dict[str, Any]:
+    """A definition with what it leaves out."""
+    return {**found, "recipe": {"matmul_precision": PRECISIONS[0], **found["recipe"]}}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], at: str = "") -> list[str]:

@@ -140,6 +140,8 @@ def _row(
         if all(name in one for one in results)
     }
     first = results[0]
+    precision = study.recipe_of(run).matmul_precision
+    title = run.title if precision == PRECISIONS[0] else f"{run.title} ({precision} products)"
     recipe = replace(study.recipe_of(run), matmul_precision=PRECISIONS[0])  # the function learned is the same one
     if (study.modulus, study.permuted, recipe) != (MODULUS, PERMUTED, Recipe()):
         published = {}  # of another experiment
@@ -154,7 +156,7 @@ def _row(
             z = _z(float(np.mean(times)), len(times), replicates)
     paired, paired_in = _paired(study, out, run, dataset, results)
     return Row(
-        run.name, run.title, dataset, run.mode, tuple(one["seed"] for one in results), values,
+        run.name, title, dataset, run.mode, tuple(one["seed"] for one in results), values,
         sum(one["reached"] for one in good),
         tuple(one["step_val_acc_99"] if one["reached"] and one["diverged_at"] is None else None for one in results),
         len(results) - len(good), theirs, published_z, z, run.compare, paired, paired_in,

@@ -97,6 +97,8 @@ def run_arithmetic(
         OutputError: another process makes cells of one of these runs, or nothing can be written there.
     """
     started = time.perf_counter()
+    if whole is not None:
+        check(whole, out)  # the report is of everything that is there; what has other settings would be missing in it
     failed = make_all(study, out, workers=workers, device=device, compiled=compiled, progress=progress, finished=finished)
     seconds = time.perf_counter() - started
     with in_turn(out):

@@ -20,7 +20,6 @@ from ..errors import StudyError, near
 from .average import ALIGNMENTS, target
 from .batches import Recipe
 from .models import FUSION_HEADS, Model, Source
-from .precision import PRECISIONS
 from .tasks import MODULUS, PERMUTED, STUDIED, TASKS, make_task
 
 MODES = ("cotrain", "frozen", "finetune", "average")
@@ -210,11 +209,8 @@ def definition(study: Study, run: Run) -> dict[str, Any]:
     """Everything that decides what a run's networks are: what must be the same for results to be gone on with."""
     left_out = ("title", "published", "datasets", "compare", "matmul_precision")  # the last one stands in the recipe
     shown = {key: value for key, value in asdict(run).items() if key not in left_out}
-    recipe = asdict(study.recipe_of(run))
-    if recipe["matmul_precision"] == PRECISIONS[0]:  # so that results from before there was another are still of the same run
-        del recipe["matmul_precision"]
     everything = shown | {
-        "recipe": recipe,
+        "recipe": study.recipe_of(run).settings(),
         "modulus": study.modulus,
         "permuted": study.permuted,
         "fraction": study.fraction,
@@ -249,6 +245,8 @@ def _read_run(found: Fields, name: str, content: Any, known: Mapping[str, Run]) 
     shapes = [found.take(one, f"{at}, source {i}", **optional) for i, one in enumerate(sources or [])]
     if len(found.problems) > before:
         return None
+    if name == NOTHING:
+        raise StudyError(f"{name!r} is not a name for a run: `compare: {NOTHING}` says that there is none to compare with")
     if not name or any(not (c.isalnum() or c in "-_.") for c in name) or name.startswith("."):
         raise StudyError(f"{name!r} is not a name for a folder; use letters, digits, - and _")
     own = tuple(Source(**{key: value for key, value in zip(keys, one, strict=True) if value is not None}) for one in shapes)

@@ -257,7 +257,9 @@ def _learning_rate(recipe: Recipe, update: int) -> float:
 
 def _identity(model: Model, members: Sequence[Member], recipe: Recipe, compiled: bool) -> str:
     """What must be the same for training to go on."""
-    return json.dumps([asdict(model), asdict(recipe), compiled, [(m.task.name, m.seed, len(m.split.train)) for m in members]])
+    return json.dumps(
+        [asdict(model), recipe.settings(), compiled, [(m.task.name, m.seed, len(m.split.train)) for m in members]]
+    )
 
 
 def _save(
