@@ -43,6 +43,15 @@ def test_ticks_of_the_arithmetic_figures_too(drawn, monkeypatch, tmp_path):
     assert all(one.replace(".", "").isdigit() for one in labels(drawn))
 
 
+def test_as_many_lines_as_the_study_has_runs_look_different(drawn, monkeypatch, tmp_path):
+    series = np.array([10.0, 20.0]), np.array([[0.1, 0.2]])
+    monkeypatch.setattr(arithmetic_plots, "_series", lambda *arguments: series)
+    runs = [SimpleNamespace(name=f"r{i}", title=f"r{i}") for i in range(56)]
+    assert arithmetic_plots.curves(tmp_path / "a.png", None, tmp_path, runs, "x_plus_y", "val_acc", log_x=False)
+    looks = {(line.get_color(), str(line._unscaled_dash_pattern)) for line in drawn.lines}  # get_linestyle says "--" of many
+    assert len(looks) == len(drawn.lines) == 56
+
+
 def test_training_begins_with_the_loss_before_it(drawn, tmp_path):
     (tmp_path / "training.csv").write_text("update,loss,held_out\n1,5.0,\n2,4.0,4.5\n")
     plots.loss_curve(tmp_path / "training.csv", tmp_path / "training.png", 5.5)

@@ -54,7 +54,7 @@ def curves(path: Path, study: Study, out: Path, runs: Sequence[Run], dataset: st
         middle = values.mean(0)
         error = np.array([stderr(column) for column in values.T.tolist()])
         colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-        ax.plot(steps, middle, style, color=colour, linewidth=1.3, label=f"{run.title} (n = {len(values)})")
+        ax.plot(steps, middle, linestyle=style, color=colour, linewidth=1.3, label=f"{run.title} (n = {len(values)})")
         if len(values) > 1:
             ax.fill_between(steps, middle - error, middle + error, color=colour, alpha=0.15, linewidth=0)
         data += [[run.name, int(s), m, e] for s, m, e in zip(steps, middle.tolist(), error.tolist(), strict=True)]
