@@ -84,50 +84,37 @@ def train(
             in the recipe's precision.
     """
     with matmul_precision(recipe.matmul_precision, device):
-        return _train(model, members, recipe, frozen, device, compiled, checkpoint, progress)
-
-
-def _train(
-    model: Model,
-    members: Sequence[Member],
-    recipe: Recipe,
-    frozen: Callable[[str], bool],
-    device: str,
-    compiled: bool,
-    checkpoint: Path | None,
-    progress: Callable[[int], None],
-) -> list[Outcome]:
-    started = (time.perf_counter(), time.process_time())
-    trainer = _Trainer(model, members, recipe, frozen, device, compiled)
-    state = _State(logs=[[] for _ in members], diverged_at=[None] * len(members))
-    identity = _identity(model, members, recipe, compiled)
-    if checkpoint is not None and checkpoint.exists():
-        state = _restore(checkpoint, identity, trainer)
-        progress(state.step)
-    else:
-        for log, row in zip(state.logs, trainer.evaluate(None, exhaustive=True), strict=True):
-            log.append([0.0, math.nan, math.nan, *row])
-    rounds, saved = math.ceil(recipe.updates / recipe.evaluate_every), time.monotonic()
-    while state.step < recipe.updates and any(at is None for at in state.diverged_at):
-        count = min(recipe.evaluate_every, recipe.updates - state.step)
-        totals = torch.stack([trainer.update(number) for number in range(state.step, state.step + count)]).sum(0)
-        state.step += count
-        number = math.ceil(state.step / recipe.evaluate_every)
-        measured = trainer.evaluate(number - 1, exhaustive=state.step % recipe.exhaustive_every == 0 or number == rounds)
-        for i, (row, one) in enumerate(zip(measured, (totals / count).T.tolist(), strict=True)):
-            if state.diverged_at[i] is None:
-                state.logs[i].append([float(state.step), *one, *row])
-                if not math.isfinite(one[0]) or not math.isfinite(row[0]):
-                    state.diverged_at[i] = state.step
-        progress(count)
-        if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_S:
-            _save(checkpoint, identity, trainer, state, started)
-            saved = time.monotonic()
-    seconds = state.time_s + time.perf_counter() - started[0], state.cpu_s + time.process_time() - started[1]
-    return [
-        Outcome(np.array(log), trainer.weights(i), at, seconds[0] / len(members), seconds[1] / len(members))
-        for i, (log, at) in enumerate(zip(state.logs, state.diverged_at, strict=True))
-    ]
+        started = (time.perf_counter(), time.process_time())
+        trainer = _Trainer(model, members, recipe, frozen, device, compiled)
+        state = _State(logs=[[] for _ in members], diverged_at=[None] * len(members))
+        identity = _identity(model, members, recipe, compiled)
+        if checkpoint is not None and checkpoint.exists():
+            state = _restore(checkpoint, identity, trainer)
+            progress(state.step)
+        else:
+            for log, row in zip(state.logs, trainer.evaluate(None, exhaustive=True), strict=True):
+                log.append([0.0, math.nan, math.nan, *row])
+        rounds, saved = math.ceil(recipe.updates / recipe.evaluate_every), time.monotonic()
+        while state.step < recipe.updates and any(at is None for at in state.diverged_at):
+            count = min(recipe.evaluate_every, recipe.updates - state.step)
+            totals = torch.stack([trainer.update(number) for number in range(state.step, state.step + count)]).sum(0)
+            state.step += count
+            number = math.ceil(state.step / recipe.evaluate_every)
+            measured = trainer.evaluate(number - 1, exhaustive=state.step % recipe.exhaustive_every == 0 or number == rounds)
+            for i, (row, one) in enumerate(zip(measured, (totals / count).T.tolist(), strict=True)):
+                if state.diverged_at[i] is None:
+                    state.logs[i].append([float(state.step), *one, *row])
+                    if not math.isfinite(one[0]) or not math.isfinite(row[0]):
+                        state.diverged_at[i] = state.step
+            progress(count)
+            if checkpoint is not None and time.monotonic() - saved > CHECKPOINT_S:
+                _save(checkpoint, identity, trainer, state, started)
+                saved = time.monotonic()
+        seconds = state.time_s + time.perf_counter() - started[0], state.cpu_s + time.process_time() - started[1]
+        return [
+            Outcome(np.array(log), trainer.weights(i), at, seconds[0] / len(members), seconds[1] / len(members))
+            for i, (log, at) in enumerate(zip(state.logs, state.diverged_at, strict=True))
+        ]
 
 
 class _Trainer:
