@@ -97,7 +97,8 @@ def test_from_stored_states_logits_are_the_same(mode, alignment):
         with from_entry(model, store) as begin:
             begin(rows, "cpu")
             found = run_host(model, blocks[rows], store.features(rows))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        # logits reach 11: float32's rounding is 5e-6 on one processor and 1.3e-5 on another
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
         assert torch.equal(model(blocks[rows], use_cache=False).logits, expected)  # all is as it was
         zeroed, shuffled = store.zeroed(), store.shuffled()
         assert not zeroed.aligned[0].any()
@@ -106,9 +107,10 @@ def test_from_stored_states_logits_are_the_same(mode, alignment):
             model.control = "zero"
             zero = model(blocks[rows], use_cache=False).logits
             model.control = None
+            assert (zero - expected).abs().max() > 0.1  # other features would be noticed
             with from_entry(model, zeroed) as begin:
                 begin(rows, "cpu")
-                torch.testing.assert_close(run_host(model, blocks[rows], zeroed.features(rows)), zero, rtol=0, atol=1e-5)
+                torch.testing.assert_close(run_host(model, blocks[rows], zeroed.features(rows)), zero, rtol=0, atol=1e-4)
 
 
 def test_low_rank_adapters_begin_with_nothing_and_leave_nothing():
