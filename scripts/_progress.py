@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 EVERY_S = 60.0
-GIGA = 1e9
+SCALED = {"byte": ("B", 1e9, "GB"), "FLOP": ("FLOP", 1e12, "TFLOP")}  # unit of a bar, and what a line counts by
 MOST_PIECES = 4  # that are told of one by one
 SHORT_S = 30.0  # too short a rest to be told in minutes
 UNTIMED = 2  # times that a piece is heard of before its speed is measured
@@ -22,7 +22,7 @@ def counter(description: str, unit: str, total: float, quiet: bool) -> Any:
         return Lines(description, unit, total, float("inf") if silent else EVERY_S)
     from huggingface_hub.utils import tqdm
 
-    how = {"unit": "B", "unit_scale": True} if unit == "byte" else {"unit": unit}
+    how = {"unit": SCALED[unit][0], "unit_scale": True} if unit in SCALED else {"unit": unit}
     return tqdm(total=total, desc=description, disable=True if quiet else None, leave=False, **how)
 
 
@@ -122,8 +122,9 @@ class Lines:
         self.told = now
         left = (now - self.begun) * (self.total - self.n) / self.n / 60 if self.n else 0.0
         many = f"{self.n:,.0f} of {self.total:,.0f} {self.unit}s"
-        if self.unit == "byte":
-            many = f"{self.n / GIGA:.1f} of {self.total / GIGA:.1f} GB"
+        if self.unit in SCALED:
+            _, scale, name = SCALED[self.unit]
+            many = f"{self.n / scale:,.1f} of {self.total / scale:,.1f} {name}"
         about = f"about {left:,.0f} minutes left" if left >= 1 else "less than a minute left"
         print(f"{self.description}: {', '.join(filter(None, (many, self.said, about)))}", file=sys.stderr, flush=True)
 

@@ -80,16 +80,19 @@ def main(arguments: argparse.Namespace) -> int:
         logging.warning("there is no C++ compiler for torch.compile; training takes about 1.5 times as long")
         compiled = False
     todo = [cell for cell in cells(study) if read_result(arguments.out, cell) is None]
-    total = sum(study.recipe_of(study.run(cell.run)).updates for cell in todo)
+    updates_of = {one.name: study.recipe_of(one).updates for one in study.runs}
+    total = sum(updates_of[cell.run] for cell in todo)
     logging.info("%d of %d cells to make, %s updates", len(todo), len(cells(study)), f"{total:,}")
-    with counter("training", "update", total, arguments.quiet) as bar:
+    # An update of a large network takes many times as long as one of a small one, so the bar counts operations.
+    flops = flops_of(study, todo)
+    work = sum(each * updates_of[cell.run] for cell, each in flops.items())
+    with counter("training", "FLOP", work, arguments.quiet) as bar:
         pieces = Pieces()
-        updates_of = {one.name: study.recipe_of(one).updates for one in study.runs}
 
         def advance(cell: Any, updates: int) -> None:
             pieces.advance(cell.folder, updates, updates_of[cell.run])
             bar.set_postfix_str(str(pieces), refresh=False)
-            bar.update(updates)
+            bar.update(updates * flops[cell])
 
         def finished(cell: Any, result: Any) -> None:
             pieces.finish(cell.folder)
@@ -120,6 +123,16 @@ def main(arguments: argparse.Namespace) -> int:
         json.dumps({"out": str(arguments.out), "cells": len(cells(made.study)) - len(made.failed), "failed": len(made.failed)})
     )
     return 1 if made.failed else 0
+
+
+def flops_of(study: Any, todo: Any) -> dict[Any, int]:
+    """Operations of one update of each cell."""
+    from eval.arithmetic.execute import flops_per_update
+    from eval.arithmetic.tasks import make_task
+
+    tasks = {name: make_task(name, study.modulus, study.permuted) for name in {cell.dataset for cell in todo}}
+    runs = {name: study.run(name) for name in {cell.run for cell in todo}}
+    return {cell: flops_per_update(runs[cell.run], tasks[cell.dataset], study.recipe_of(runs[cell.run])) for cell in todo}
 
 
 def not_compared(study: Any, whole: Any, rows: Any) -> list[str]:

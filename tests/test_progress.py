@@ -47,6 +47,13 @@ def test_bytes_and_what_is_said_behind(clock, capsys):
     assert capsys.readouterr().err == "merging: 15.9 of 16.0 GB, shard 2, less than a minute left\n"
 
 
+def test_operations(clock, capsys):
+    bar = Lines("training", "FLOP", 3e15, 60.0, clock)
+    clock.now += 120
+    bar.update(1e15)
+    assert capsys.readouterr().err == "training: 1,000.0 of 3,000.0 TFLOP, about 4 minutes left\n"
+
+
 def test_pieces_have_their_own_speed_and_rest(clock):
     pieces = Pieces(clock)
     assert str(pieces) == ""

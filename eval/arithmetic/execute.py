@@ -182,13 +182,13 @@ def trained_parameters(run: Run, task: Task) -> int:
 
 def flops_per_update(run: Run, task: Task, recipe: Recipe) -> int:
     """Floating-point operations of matrix products, forward and backward, as they are made here: distinct states once."""
-    return _flops(run.model, run.mode == "frozen", task.name, task.num_symbols, task.num_ops, task.num_classes, recipe.batch)
+    return _flops(run.model, run.mode == "frozen", task.num_symbols, task.num_ops, task.num_classes, recipe.batch)
 
 
 @cache
-def _flops(model: Model, frozen: bool, name: str, symbols: int, ops: int, classes: int, batch: int) -> int:
+def _flops(model: Model, frozen: bool, symbols: int, ops: int, classes: int, batch: int) -> int:
     empty = torch.zeros(batch, dtype=torch.long)
-    task = Task(name, symbols, classes, ops, empty, empty, empty, empty)
+    task = Task("", symbols, classes, ops, empty, empty, empty, empty)
     values = {key: torch.zeros(shape) for key, (_, shape) in shapes(model, task).items()}
     for key, value in values.items():
         value.requires_grad_(not (frozen and is_source(key)))
