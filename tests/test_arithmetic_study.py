@@ -196,7 +196,7 @@ def test_products_that_a_machine_does_not_make_are_refused(small, tmp_path, monk
     with pytest.raises(StudyError, match="works only on CPUs, found cuda"):
         make_all(other, tmp_path / "out", workers=1, device="cuda")
     monkeypatch.setattr(precision, "has_bfloat16_products", lambda: False)
-    with pytest.raises(StudyError, match="this CPU makes no such products"):
+    with pytest.raises(StudyError, match="makes no such products on this CPU"):
         make_all(other, tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
 

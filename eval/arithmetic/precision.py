@@ -28,7 +28,7 @@ def check_precision(name: str, device: str = "cpu") -> None:
     if name == "bfloat16" and not device.startswith("cpu"):
         raise StudyError(f"matmul_precision bfloat16 works only on CPUs, found {device}; leave it out, or give --device cpu")
     if name == "bfloat16" and not has_bfloat16_products():
-        raise StudyError("matmul_precision is bfloat16, but this CPU makes no such products (AMX, AVX512_BF16); leave it out")
+        raise StudyError("matmul_precision is bfloat16; torch makes no such products on this CPU (with AMX it does); omit it")
 
 
 def has_bfloat16_products() -> bool:
