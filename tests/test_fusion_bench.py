@@ -89,7 +89,8 @@ def test_the_difference_is_of_sums_with_an_error_over_documents():
 @pytest.mark.parametrize("alignment", ALIGNMENTS)
 @pytest.mark.parametrize("mode", FUSERS)
 def test_from_stored_states_logits_are_the_same(mode, alignment):
-    model, blocks = fused(mode, "gemma2-2b", ("llama3-8b", "phi3-mini"), alignment=alignment), some_ids(5, 11)
+    model = fused(mode, "gemma2-2b", ("llama3-8b", "phi3-mini"), alignment=alignment, dtype=torch.float64)
+    blocks = some_ids(5, 11)
     store = compute(model, blocks, 2, tokens=mode == "cross")
     rows = [3, 0]
     with torch.no_grad():
@@ -97,8 +98,7 @@ def test_from_stored_states_logits_are_the_same(mode, alignment):
         with from_entry(model, store) as begin:
             begin(rows, "cpu")
             found = run_host(model, blocks[rows], store.features(rows))
-        # logits reach 11: float32's rounding is 5e-6 on one processor and 1.3e-5 on another
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert torch.equal(model(blocks[rows], use_cache=False).logits, expected)  # all is as it was
         zeroed, shuffled = store.zeroed(), store.shuffled()
         assert not zeroed.aligned[0].any()
@@ -110,7 +110,7 @@ def test_from_stored_states_logits_are_the_same(mode, alignment):
             assert (zero - expected).abs().max() > 0.1  # other features would be noticed
             with from_entry(model, zeroed) as begin:
                 begin(rows, "cpu")
-                torch.testing.assert_close(run_host(model, blocks[rows], zeroed.features(rows)), zero, rtol=0, atol=1e-4)
+                torch.testing.assert_close(run_host(model, blocks[rows], zeroed.features(rows)), zero, rtol=0, atol=1e-5)
 
 
 def test_low_rank_adapters_begin_with_nothing_and_leave_nothing():
