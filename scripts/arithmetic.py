@@ -192,24 +192,22 @@ def find_study(arguments: argparse.Namespace, *, everything: bool = False) -> An
 
 def plan(study: Any) -> str:
     """What would be run, as a table."""
-    from eval.arithmetic.execute import flops_per_update, trained_parameters
+    from eval.arithmetic.execute import trained_parameters
     from eval.arithmetic.models import num_parameters
     from eval.arithmetic.study import cells
     from eval.arithmetic.tasks import make_task
 
     lines = [f"{'run':38} {'cells':>5} {'parameters':>11} {'trained':>11} {'GFLOP/update':>12} {'updates':>7}"]
-    total = 0.0
+    flops, total = flops_of(study, cells(study)), 0
     for one in study.runs:
-        tasks = [make_task(dataset, study.modulus, study.permuted) for dataset in study.datasets_of(one)]
-        recipe, number = study.recipe_of(one), sum(cell.run == one.name for cell in cells(study))
-        each = [flops_per_update(one, task, recipe) for task in tasks]
-        total += number / len(tasks) * sum(each) * recipe.updates
-        task, flops = tasks[0], each[0]
+        own, updates = [cell for cell in flops if cell.run == one.name], study.recipe_of(one).updates
+        total += sum(flops[cell] for cell in own) * updates
+        task = make_task(own[0].dataset, study.modulus, study.permuted)
         lines.append(
-            f"{one.name:38} {number:5} {num_parameters(one.model, task):11,} {trained_parameters(one, task):11,} "
-            f"{flops / 1e9:12.2f} {recipe.updates:7}"
+            f"{one.name:38} {len(own):5} {num_parameters(one.model, task):11,} {trained_parameters(one, task):11,} "
+            f"{flops[own[0]] / 1e9:12.2f} {updates:7}"
         )
-    return "\n".join([*lines, f"{len(cells(study))} cells, {total / 1e15:.2f} PFLOP without evaluations"])
+    return "\n".join([*lines, f"{len(flops)} cells, {total / 1e15:.2f} PFLOP without evaluations"])
 
 
 if __name__ == "__main__":
