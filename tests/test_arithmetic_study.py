@@ -358,6 +358,9 @@ def test_spread_is_of_the_sample():
     assert (one.mean, one.count) == (2.0, 3)
     assert one.stderr == pytest.approx(1 / 3**0.5)
     assert str(spread([2.0])) == "2"
+    assert str(spread([3710.0, 4890.0, 5080.0])) == "4560 +- 430"  # without exponents
+    assert str(spread([12340.0, 12350.0])) == "12345 +- 5"
+    assert str(spread([0.9998, 1.0])) == "0.9999 +- 0.0001"
     info = final_info({"x": [{**dict.fromkeys(("final_train_loss", "final_val_loss", "final_train_acc", "final_val_acc"), None),
                               "step_val_acc_99": 7.0}]})  # fmt: skip
     assert info["x"]["means"]["final_val_acc_mean"] is None

@@ -67,7 +67,11 @@ class Spread:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.mean:.4g}" if math.isnan(self.stderr) else f"{self.mean:.4g} +- {self.stderr:.2g}"
+        mean = f"{self.mean:.0f}" if abs(self.mean) >= 1000 else f"{self.mean:.4g}"
+        if math.isnan(self.stderr):
+            return mean
+        error = f"{self.stderr:.2g}"
+        return f"{mean} +- {float(error):.0f}" if "e+" in error else f"{mean} +- {error}"  # updates are in the hundreds
 
 
 def spread(values: Sequence[float]) -> Spread:
