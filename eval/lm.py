@@ -23,6 +23,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from merge.checkpoint import FUSED
 
 from .errors import ScoreError
+from .logs import unsaid
 from .tree import UNLIMITED, Cluster, Limits, Pack, plan
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,10 @@ class PrefixLM(HFLM):
         self._encoded: dict[str, list[int]] = {}
         options = kwargs | ({"device": device} if device else {})
         auto = str(batch_size).startswith("auto")
-        super().__init__(pretrained, *args, batch_size=1 if auto else int(batch_size), **options)
+        # Of a model that was handed in ready lm-eval says that options may be ignored, of a fused one that its type is unknown.
+        false_alarms = () if isinstance(pretrained, str) else ("`pretrained`", "neither marked as CausalLM")
+        with unsaid("lm_eval.models.huggingface", *false_alarms):
+            super().__init__(pretrained, *args, batch_size=1 if auto else int(batch_size), **options)
         if not isinstance(pretrained, str) and device:
             self._device = torch.device(device)
         if accelerator is not None and accelerator.num_processes > 1:

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from merge.records import why_not_read
 
 from .errors import DataError, EvalError, near, short
 from .lm import PrefixLM, Request, Work
+from .logs import unsaid
 from .mmlu import Subject, check_examples, quick_and_quiet, task_config, tasks
 from .results import Answer
 from .stats import perplexity
@@ -262,20 +262,12 @@ class _Manager(TaskManager):
     """lm-eval's task manager, whose many errors while tasks and their data are loaded become one of ours."""
 
     def load(self, task_list: Any) -> Any:
-        said = logging.getLogger("lm_eval.api.task")
-        said.addFilter(_is_no_hint)
         try:
-            return super().load(task_list)
+            with unsaid("lm_eval.api.task", "--metadata"):  # a hint at an option of its own command line
+                return super().load(task_list)
         except Exception as error:  # data that cannot be had, wrong YAML, code of a task: anything may come
             what = f"{type(error).__name__}: {short(error)}"
             raise DataError(f"the tasks {', '.join(task_list)} or their data cannot be loaded ({what})") from error
-        finally:
-            said.removeFilter(_is_no_hint)
-
-
-def _is_no_hint(record: logging.LogRecord) -> bool:
-    """Not lm-eval's hint at an option of its own command line."""
-    return "--metadata" not in record.getMessage()
 
 
 @contextmanager

@@ -151,7 +151,7 @@ def not_compared(study: Any, whole: Any, rows: Any) -> list[str]:
 
 def hugging_face(arguments: argparse.Namespace) -> int:
     """Trains small models of several families, fuses their layers and scores them."""
-    from eval.arithmetic.hugging_face import grid_cells, grid_table, plans, read_grid, run_grid
+    from eval.arithmetic.hugging_face import grid_cells, grid_table, num_updates, plans, read_grid, run_grid
     from merge.runtime import training_device
 
     for option in ("runs", "datasets", "seeds", "steps", "modulus", "matmul_precision"):
@@ -165,7 +165,7 @@ def hugging_face(arguments: argparse.Namespace) -> int:
         print("\n".join([*(cell.folder for cell in todo), "each: trained, " + ", ".join([*plans(grid), *grid.joined])]))
         return 0
     device = training_device(arguments.device)
-    with counter("training", "update", len(todo) * grid.training.updates, arguments.quiet) as bar:
+    with counter("training", "update", num_updates(grid), arguments.quiet) as bar:
         scores = run_grid(
             grid, arguments.out, CONFIGS, device=device, progress=bar.update,
             begun=lambda cell: bar.set_postfix_str(cell.folder),

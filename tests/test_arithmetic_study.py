@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from eval.arithmetic import precision
 from eval.arithmetic.average import average, matched, permuted, target, widened
 from eval.arithmetic.batches import Recipe
 from eval.arithmetic.execute import begin, flops_per_update, is_source, make_all, read_log, read_result, silent, split_of
+from eval.arithmetic.hugging_face import num_updates, read_grid, run_grid
 from eval.arithmetic.layers import Sequences
 from eval.arithmetic.models import Model, Source, initialise, logits, num_parameters
 from eval.arithmetic.report import markdown, on_disk, read_published, summarise, table
@@ -621,6 +623,7 @@ def test_small_models_of_every_family_are_trained_fused_and_scored(run, tmp_path
     (tmp_path / "grid.yaml").write_text(GRID)
     done = run("arithmetic", "--config", "grid.yaml", "--out", "hf")
     assert json.loads(done.stdout.splitlines()[-1]) == {"out": "hf", "cells": 4}
+    assert "pretrained" not in done.stderr  # lm-eval's alarms of models that it did not load itself
     for family in ("llama3-8b", "mistral-7b", "gemma2-2b", "phi3-mini"):
         folder = tmp_path / "hf" / family / "x_plus_y_0"
         scores = json.loads((folder / "scores.json").read_text())
@@ -659,6 +662,14 @@ def test_a_model_that_lost_layers_reads_one_of_another_family(run, tmp_path):
         assert tensors["fusers.1.out.weight"].any()
         assert not torch.equal(trained[f"model.{name}"], donor[f"model.{name}"])
     assert "dropped-1-reads-untrained |" in done.stdout
+    assert "neither marked" not in done.stderr
+    shutil.rmtree(folder / "dropped-1-reads-attention")
+    shutil.rmtree(folder / "trained")
+    grid, made = read_grid(tmp_path / "grid.yaml", CONFIGS), []
+    again = run_grid(grid, tmp_path / "hf", CONFIGS, progress=made.append)
+    assert sum(made) == num_updates(grid)
+    assert made.count(1) == grid.training.updates + grid.features.updates
+    assert again[Cell("gemma2-2b", "x_minus_y", 0)] == scores
     (tmp_path / "grid.yaml").write_text(JOINED.replace("updates: 60", "updates: 61"))
     assert "other settings of features" in run("arithmetic", "--config", "grid.yaml", "--out", "hf", status=1).stderr
 
@@ -675,8 +686,6 @@ def test_a_model_that_lost_layers_reads_one_of_another_family(run, tmp_path):
     ],
 )
 def test_a_wrong_grid_is_refused(tmp_path, old, new, said):
-    from eval.arithmetic.hugging_face import read_grid
-
     (tmp_path / "grid.yaml").write_text(GRID.replace(old, new))
     with pytest.raises((StudyError, RecordError), match=said):
         read_grid(tmp_path / "grid.yaml", CONFIGS)

@@ -168,6 +168,12 @@ def grid_cells(grid: Grid) -> list[Cell]:
     return [Cell(family, dataset, seed) for family in grid.families for dataset in grid.datasets for seed in range(grid.seeds)]
 
 
+def num_updates(grid: Grid) -> int:
+    """Of all networks of all cells, those that read another included."""
+    reading = 0 if grid.features is None else len(grid.joined) * grid.features.updates
+    return len(grid_cells(grid)) * (grid.training.updates + reading)
+
+
 def plans(grid: Grid) -> dict[str, Plan]:
     """What is made of every trained model: fusions of the top layers, and the same layers dropped."""
     total = grid.size.num_hidden_layers
@@ -192,11 +198,13 @@ def run_grid(
 ) -> dict[Cell, dict[str, float]]:
     """Validation accuracy of every cell's models by name; what is not in the folder `out` yet is trained and merged.
 
+    All are trained before the first is merged, as a cell's models read the trained ones of another.
+
     Args:
         grid: of `read_grid`.
         configs: the folder whose models/ describes the families.
-        progress: called with the number of updates just made.
-        begun, finished: called before and after every cell.
+        progress: called with the number of updates just made, of `num_updates`.
+        begun, finished: called before a cell is trained or merged, and after its models were scored.
 
     Raises:
         StudyError: what is in `out` was made with other settings, or a loss is no longer a number.
@@ -204,6 +212,9 @@ def run_grid(
     """
     scores = {}
     with work_folder(out):
+        for cell in grid_cells(grid):
+            begun(cell)
+            train_cell(grid, cell, out, configs, progress, device=device)
         for cell in grid_cells(grid):
             begun(cell)
             scores[cell] = make_cell(grid, cell, out, configs, progress, device=device)
@@ -215,9 +226,13 @@ def run_grid(
 def make_cell(
     grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callable[[int], None], *, device: str = "cpu"
 ) -> dict[str, float]:
-    """Trains and merges what is not there yet, and scores all; name of a model -> validation accuracy."""
+    """Merges what is not there yet, and scores all; name of a model -> validation accuracy.
+
+    Args:
+        progress: called with the number of updates just made, without those of `train_cell`.
+    """
     folder = out / cell.folder
-    trained = train_cell(grid, cell, out, configs, progress, device=device)
+    trained = train_cell(grid, cell, out, configs, device=device)
     scores = {"trained": score(grid, cell, trained, device)}
     # Gemma 2's layers attend in windows by turns; questions are shorter than any window.
     options = Options(dtype="float32", allow_mixed_attention=True)
@@ -231,10 +246,12 @@ def make_cell(
         settings = grid.features or Features()
         if target.exists() and (target / SETTINGS_FILE).read_text() != identity(settings):
             raise StudyError(f"{target} was made with other settings of features; give another --out, or remove it")
-        if not target.exists():
+        if target.exists():
+            progress(settings.updates)
+        else:
             donor = find_donor(grid, cell, out, configs, learned=learned, device=device)
             tokens = training_tokens(grid, cell)[1]
-            join(settings, mode, folder / grid.host, donor, tokens, target, device)
+            join(settings, mode, folder / grid.host, donor, tokens, target, device, progress)
         scores[name] = score(grid, cell, target, device)
     write_whole(folder / "scores.json", json.dumps(scores, indent=2) + "\n")
     return scores

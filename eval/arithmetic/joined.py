@@ -7,6 +7,7 @@ gains from a donor that has learned nothing.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,20 @@ def step_on_answers(model: Any, tokens: torch.Tensor, optimiser: torch.optim.Opt
     optimiser.step()
 
 
-def join(settings: Features, mode: str, host: Path, donor: Path, tokens: torch.Tensor, out: Path, device: str) -> None:
+def join(
+    settings: Features,
+    mode: str,
+    host: Path,
+    donor: Path,
+    tokens: torch.Tensor,
+    out: Path,
+    device: str,
+    progress: Callable[[int], None] = lambda updates: None,
+) -> None:
     """Writes a fused model of two folders, trained on questions with answers: token ids [N, T], the answer last.
+
+    Args:
+        progress: called with the number of updates just made; of a mode that learns nothing, with all of them at once.
 
     Raises:
         StudyError: the loss is no longer a number. FusionError: the two cannot be joined.
@@ -74,10 +87,12 @@ def join(settings: Features, mode: str, host: Path, donor: Path, tokens: torch.T
         (scratch / SETTINGS_FILE).write_text(identity(settings))
         model = load_fused(scratch, device)
         if not model.fuser_parameters():
+            progress(settings.updates)
             return
         optimiser = torch.optim.AdamW(model.fusers.parameters(), lr=settings.learning_rate, weight_decay=0.0)
         tokens = tokens.to(device)
         for update in range(settings.updates):
             step_on_answers(model, tokens, optimiser, f"{out}", update)
+            progress(1)
         values = {name: value.detach().cpu() for name, value in model.fuser_parameters().items()}
         save_file(load_file(scratch / FUSERS_FILE) | values, scratch / FUSERS_FILE, {"format": "pt"})
