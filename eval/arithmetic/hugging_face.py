@@ -226,13 +226,13 @@ def run_grid(
 def make_cell(
     grid: Grid, cell: Cell, out: Path, configs: Path, progress: Callable[[int], None], *, device: str = "cpu"
 ) -> dict[str, float]:
-    """Merges what is not there yet, and scores all; name of a model -> validation accuracy.
+    """Merges what is not there yet of trained cells, and scores all; name of a model -> validation accuracy.
 
     Args:
         progress: called with the number of updates just made, without those of `train_cell`.
     """
     folder = out / cell.folder
-    trained = train_cell(grid, cell, out, configs, device=device)
+    trained = folder / "trained"
     scores = {"trained": score(grid, cell, trained, device)}
     # Gemma 2's layers attend in windows by turns; questions are shorter than any window.
     options = Options(dtype="float32", allow_mixed_attention=True)
@@ -262,11 +262,11 @@ def train_cell(
     cell: Cell,
     out: Path,
     configs: Path,
-    progress: Callable[[int], None] = lambda updates: None,
+    progress: Callable[[int], None],
     *,
     device: str = "cpu",
-) -> Path:
-    """The folder of a cell's trained model, trained if it is not there yet.
+) -> None:
+    """Trains a cell's model, in its folder "trained", if it is not there yet.
 
     Raises:
         StudyError: it was trained with other settings, or its loss is no longer a number.
@@ -277,23 +277,20 @@ def train_cell(
         with new_folder(folder) as scratch:
             train_family(grid, cell, scratch, configs, progress, device)
             (scratch / "grid.json").write_text(settings + "\n")
-        return folder
+        return
     progress(grid.training.updates)
     if (folder / "grid.json").read_text().strip() != settings:
         raise StudyError(
             f"{folder.parent} was made with other settings; give another --out, or remove that folder with all in it"
         )
-    return folder
 
 
 def find_donor(grid: Grid, cell: Cell, out: Path, configs: Path, *, learned: bool, device: str) -> Path:
     """The folder of the next family's model of the same data set and seed; `learned`: trained, or as it was before."""
     family = grid.families[(grid.families.index(cell.run) + 1) % len(grid.families)]
     other = replace(cell, run=family)
-    if learned:
-        return train_cell(grid, other, out, configs, device=device)
-    folder = out / other.folder / "untrained"
-    if not folder.exists():
+    folder = out / other.folder / ("trained" if learned else "untrained")
+    if not learned and not folder.exists():
         with new_folder(folder) as scratch:
             untrained = replace(grid, training=replace(grid.training, updates=0))
             train_family(untrained, other, scratch, configs, lambda updates: None, device)
